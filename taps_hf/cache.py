@@ -1,0 +1,229 @@
+"""Key-value caches that grow in place and keep only the accepted path of a draft tree.
+
+transformers' dynamic layers concatenate: every pass copies the whole past. While a generation
+runs, [`InPlaceCache`] puts layers in their place that append to an over-allocated buffer (copies
+amortised over doublings) and whose tree entries can be reduced to one path. Afterwards the cache
+object holds transformers' own layers again, with the states plain `generate` would have left.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_INITIAL_SLACK = 256  # tokens; a first doubling later than this is rare in chat answers
+
+
+class _Buffer:
+    """A tensor of shape (batch, heads, capacity, head_dim) of which `[start:end]` is in use."""
+
+    def __init__(self) -> None:
+        self.data: torch.Tensor | None = None
+        self.start = 0
+        self.end = 0
+
+    @property
+    def view(self) -> torch.Tensor:
+        return self.data[:, :, self.start : self.end]
+
+    def append(self, states: torch.Tensor) -> None:
+        """Append states of shape (batch, heads, n, head_dim)."""
+        n = states.shape[2]
+        if self.data is None or self.end + n > self.data.shape[2]:
+            self._reallocate(states, n)
+        self.data[:, :, self.end : self.end + n] = states
+        self.end += n
+
+    def _reallocate(self, like: torch.Tensor, extra: int) -> None:
+        """Move what is in use to the front of a buffer with room for as much again."""
+        length = self.end - self.start
+        shape = (*like.shape[:2], 2 * (length + extra) + _INITIAL_SLACK, like.shape[3])
+        data = like.new_empty(shape)
+        if length:
+            data[:, :, :length] = self.view
+        self.data, self.start, self.end = data, 0, length
+
+    def keep(self, past: int, rows: torch.Tensor | None, count: int) -> None:
+        """Of everything after the first `past` entries, keep `rows` (or the first `count`)."""
+        base = self.start + past
+        if rows is not None:
+            self.data[:, :, base : base + count] = self.data[:, :, base + rows]
+        self.end = base + count
+
+
+class _GrowingMixin:
+    """What growing layers add to transformers' dynamic layers."""
+
+    def _load(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.lazy_initialization(keys, values)
+        self._append(keys, values)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if not hasattr(self, "_buffers"):
+            self._buffers = (_Buffer(), _Buffer())
+        for buffer, states in zip(self._buffers, (keys, values)):
+            buffer.append(states)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.keys, self.values = (buffer.view for buffer in self._buffers)
+
+    def keep(self, past: int, rows: torch.Tensor | None, count: int) -> None:
+        """Of everything after the first `past` stored entries, keep `rows` (or `count` of them).
+
+        Args:
+            past: stored entries to leave alone.
+            rows: int64 of shape (count,), ascending indices relative to `past`; None for 0..count-1.
+            count: number of entries to keep after `past`.
+        """
+        if not self.is_initialized:  # layers that share another layer's states store none
+            return
+        if rows is not None:
+            rows = rows.to(self.keys.device)
+        for buffer in self._buffers:
+            buffer.keep(past, rows, count)
+        self._refresh()
+
+
+class GrowingLayer(_GrowingMixin, DynamicLayer):
+    """A full-attention cache layer that appends in place."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._append(key_states, value_states)
+        return self.keys, self.values
+
+
+class GrowingSlidingWindowLayer(_GrowingMixin, DynamicSlidingWindowLayer):
+    """A sliding-window cache layer that appends in place and forgets when a path is committed.
+
+    As in transformers, `update` returns the at most `sliding_window - 1` stored entries followed by
+    all new ones, and `cumulative_length` counts every token seen.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.forget()
+        self._append(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        return self.keys, self.values
+
+    def keep(self, past: int, rows: torch.Tensor | None, count: int) -> None:
+        dropped = self.keys.shape[-2] - past - count if self.is_initialized else 0
+        super().keep(past, rows, count)
+        self.cumulative_length -= dropped
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what slid out of the window."""
+        if not hasattr(self, "_buffers"):
+            return
+        for buffer in self._buffers:
+            buffer.start = max(buffer.start, buffer.end - (self.sliding_window - 1))
+        self._refresh()
+
+
+def _growing(layer: DynamicLayer) -> GrowingLayer | GrowingSlidingWindowLayer:
+    """A growing layer with the states of `layer`."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        grown = GrowingSlidingWindowLayer(layer.sliding_window)
+        grown.cumulative_length = layer.cumulative_length
+    else:
+        grown = GrowingLayer()
+    if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+        grown._load(layer.keys, layer.values)
+    return grown
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Refuse caches of which a tree's path cannot be kept.
+
+    Raises:
+        ValueError: unless `cache` is a `DynamicCache` of full-attention and sliding-window layers.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__}; speculative decoding expected a "
+            "DynamicCache (leave `cache_implementation` unset and `use_cache` on)."
+        )
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            '`cache_implementation` is "offloaded"; speculative decoding expected a cache whose '
+            "layers stay on their devices."
+        )
+    odd = {type(x).__name__ for x in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if odd:
+        raise ValueError(
+            f"`past_key_values` has layers of type {', '.join(sorted(odd))}; speculative decoding "
+            "expected full-attention or sliding-window layers only."
+        )
+
+
+class InPlaceCache:
+    """Borrows a `DynamicCache` for one generation.
+
+    Args:
+        cache: the cache to work on; [`check_cache`] must have passed. Its layers are swapped for
+            growing ones until [`release`] is called.
+    """
+
+    def __init__(self, cache: DynamicCache) -> None:
+        self.cache = cache
+        self._layers = cache.layers
+        self._layer_class = getattr(cache, "layer_class_to_replicate", None)
+        cache.layers = [_growing(layer) for layer in cache.layers]
+        if self._layer_class is not None:  # DynamicCache() makes its layers as they are needed
+            cache.layer_class_to_replicate = GrowingLayer
+
+    @property
+    def length(self) -> int:
+        """Tokens seen, counting those that slid out of a window."""
+        return self.cache.get_seq_length()
+
+    def stored_lengths(self) -> list[int]:
+        """Entries each layer carries into the next pass; give it to `keep` afterwards."""
+        lengths = []
+        for layer in self.cache.layers:
+            if isinstance(layer, GrowingSlidingWindowLayer):
+                layer.forget()
+            lengths.append(layer.keys.shape[-2] if layer.is_initialized else 0)
+        return lengths
+
+    def keep(self, past: list[int], rows: list[int]) -> None:
+        """Keep, of the entries appended since `past` was read, those in `rows` (ascending).
+
+        Args:
+            past: what `stored_lengths` gave before the pass.
+            rows: indices of the entries to keep, relative to the pass.
+        """
+        count = len(rows)
+        index = None
+        if rows != list(range(count)):
+            index = torch.tensor(rows, device=self.cache.layers[0].keys.device)
+        # Layers that were made during the pass had nothing stored before it.
+        past = past + [0] * (len(self.cache.layers) - len(past))
+        for layer, stored in zip(self.cache.layers, past):
+            layer.keep(stored, index, count)
+
+    def release(self) -> None:
+        """Give the cache its own kind of layers back, holding exactly the kept states."""
+        layers = []
+        for i, grown in enumerate(self.cache.layers):
+            layer = self._layers[i] if i < len(self._layers) else DynamicLayer()
+            if grown.is_initialized:
+                if not layer.is_initialized:
+                    layer.lazy_initialization(grown.keys, grown.values)
+                layer.keys, layer.values = grown.keys.contiguous(), grown.values.contiguous()
+                if isinstance(grown, GrowingSlidingWindowLayer):
+                    layer.cumulative_length = grown.cumulative_length
+            layers.append(layer)
+        self.cache.layers = layers
+        if self._layer_class is not None:
+            self.cache.layer_class_to_replicate = self._layer_class

@@ -1,0 +1,131 @@
+"""The seam to transformers' assisted generation: drafters and a strategy as a candidate generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from .drafting import DrafterSession
+from .modeling_eagle import EagleDrafter
+from .shapes import TreeShape
+from .strategies import Choice, CycleOutcome, Strategy
+from .tree import DraftTree
+
+
+class TreeCandidateGenerator(CandidateGenerator):
+    """Proposes draft trees for one generation.
+
+    The decoding loop of this package calls [`observe`], [`propose`] and [`record`]. The same object
+    also works in transformers' own assisted generation, which verifies single sequences:
+    [`get_candidates`] then returns the tree's most confident path.
+
+    Args:
+        target: the model to be accelerated.
+        drafters: at least one drafter that fits it.
+        strategy: how their trees are composed.
+        tree: the shape of each drafter's tree.
+        max_length: no candidate may lie beyond this many tokens (for `get_candidates`).
+        sample_temperature: None for deterministic trees; see [`DrafterSession`].
+        with_entropy: whether trees carry draft entropies even if the strategy needs none.
+    """
+
+    requires_model_outputs = True
+    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafters: Sequence[EagleDrafter],
+        strategy: Strategy,
+        tree: TreeShape,
+        max_length: int | None = None,
+        sample_temperature: float | None = None,
+        with_entropy: bool = False,
+    ) -> None:
+        self.strategy = strategy
+        self.shape = tree
+        self.max_length = max_length
+        self.history: list[CycleOutcome] = []
+        self._sessions = [
+            DrafterSession(
+                drafter,
+                target,
+                index,
+                len(drafters),
+                sample_temperature,
+                with_entropy or strategy.needs_entropy,
+            )
+            for index, drafter in enumerate(drafters)
+        ]
+        self._observed = 0
+
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor) -> None:
+        """Tell the drafters what the target has computed.
+
+        Args:
+            tokens: (n,) int64: the tokens that follow the positions of `features`.
+            features: (n, hidden): the target's last hidden states.
+        """
+        if len(tokens) == 0:
+            return
+        self._observed += len(tokens)
+        for session in self._sessions:
+            session.observe(tokens, features)
+
+    def propose(self, root: torch.Tensor, max_depth: int) -> Choice:
+        """The tree to verify in this cycle.
+
+        Args:
+            root: (1,) int64: the last emitted token.
+            max_depth: no node may lie deeper; with 0 nothing is drafted.
+        """
+        if max_depth < 1 or not self._sessions[0].has_context:
+            return Choice(DraftTree.root(root, len(self._sessions)), ())
+        trees = {}
+        for index in self.strategy.drafters_to_run(len(self._sessions), self.history):
+            session = self._sessions[index]
+            trees[index] = self.shape.grow(session, root.to(session.device), max_depth)
+        device = root.device
+        return self.strategy.compose({i: t.to(device) for i, t in trees.items()}, self.history)
+
+    def record(self, outcome: CycleOutcome) -> None:
+        """Tell the strategy what became of its choice. Cycles without a draft are not recorded."""
+        if outcome.drafters:
+            self.history.append(outcome)
+
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        model_outputs: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, None]:
+        """One candidate sequence, for transformers' assisted generation.
+
+        Args:
+            input_ids: (1, length) int64.
+            model_outputs: the target's outputs over the tokens since the last call, with
+                `hidden_states`; None before the first pass.
+
+        Returns:
+            `input_ids` with the most confident path appended, and no logits.
+        """
+        if model_outputs is None:
+            return input_ids, None
+        new = input_ids.shape[1] - 1 - self._observed
+        self.observe(input_ids[0, -new:], model_outputs.hidden_states[-1][0, :new])
+        room = input_ids.shape[1] if self.max_length is None else self.max_length
+        tree = self.propose(input_ids[0, -1:], room - input_ids.shape[1] - 1).tree
+        value = tree.path_confidence.nan_to_num(nan=-1.0).amax(dim=0).tolist()
+        parents, path = tree.parents.tolist(), []
+        while children := [node for node, parent in enumerate(parents) if parent == (path or [0])[-1]]:
+            path.append(max(children, key=value.__getitem__))
+        return torch.cat([input_ids, tree.tokens[path][None].to(input_ids.device)], dim=1), None
+
+    def update_candidate_strategy(
+        self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int
+    ) -> None:
+        """Nothing to do: trees are shaped by confidence, not by the length accepted before."""

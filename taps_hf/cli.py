@@ -1,0 +1,42 @@
+"""The command `taps-hf`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .averaging import average_drafters
+from .modeling_eagle import EagleDrafter
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="taps-hf", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    average = commands.add_parser(
+        "average", help="write a drafter whose weights are the mean of others'"
+    )
+    average.add_argument("drafters", nargs="+", help="folders or Hub names, at least two")
+    average.add_argument(
+        "--weights", nargs="+", type=float, help="one for each drafter, summing to 1"
+    )
+    average.add_argument("--out", required=True, help="folder to write")
+    average.set_defaults(run=_average)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"taps-hf: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _average(options: argparse.Namespace) -> None:
+    drafters = [EagleDrafter.from_pretrained(name) for name in options.drafters]
+    average_drafters(drafters, options.weights).save_pretrained(options.out)
+    print(f"Wrote {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

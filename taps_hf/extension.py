@@ -1,0 +1,98 @@
+"""Teaches `generate` the arguments of speculative decoding, and can take them back.
+
+Calls without `assistant_models` go to transformers' own `generate` untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from transformers import GenerationMixin, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from .generation import SpeculativeDecoding
+
+_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees")
+_MARK = "_taps_hf_original"
+
+
+def enable() -> None:
+    """Extend `generate` of all transformers models. Importing the package does this."""
+    original = GenerationMixin.generate
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "assistant_models" not in kwargs:
+            return original(self, *args, **kwargs)
+        return _speculative_generate(original, self, *args, **kwargs)
+
+    setattr(generate, _MARK, original)
+    GenerationMixin.generate = generate
+
+
+def disable() -> None:
+    """Undo [`enable`]: `generate` is transformers' own again."""
+    GenerationMixin.generate = getattr(GenerationMixin.generate, _MARK, GenerationMixin.generate)
+
+
+def is_enabled() -> bool:
+    """Whether `generate` knows `assistant_models`."""
+    return hasattr(GenerationMixin.generate, _MARK)
+
+
+def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` with `assistant_models`: bind the settings and run it as a custom decoding method."""
+    assistant_models = kwargs.pop("assistant_models")
+    settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
+    if assistant_models is None:
+        if settings:
+            raise ValueError(
+                f"`assistant_models` is None, but {', '.join(settings)} was given; expected drafters."
+            )
+        return original(model, *args, **kwargs)
+    for name in ("assistant_model", "custom_generate"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"`{name}` was given together with `assistant_models`, expected one.")
+    if kwargs.get("synced_gpus"):
+        raise ValueError("`synced_gpus` is True, expected False with `assistant_models`.")
+    if kwargs.get("cache_implementation") == "paged":
+        raise ValueError('`cache_implementation` is "paged", expected a dynamic cache.')
+
+    decoding = SpeculativeDecoding(
+        assistant_models,
+        **settings,
+        streamer=kwargs.get("streamer"),
+        tokenizer=kwargs.get("tokenizer"),
+    )
+    decoding.check(model)
+    kwargs = _bind_stop_strings(model, args, kwargs)
+    return original(model, *args, **kwargs, custom_generate=decoding)
+
+
+def _bind_stop_strings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Turn stop strings into a stopping criterion.
+
+    With a callable decoding method `generate` drops the tokenizer that stop strings need, so what it
+    would have built from them is built here.
+    """
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    given = [kwargs.get("stop_strings"), getattr(config, "stop_strings", None)]
+    stop_strings = next((s for s in [*given, model.generation_config.stop_strings] if s), None)
+    tokenizer = kwargs.get("tokenizer")
+    if stop_strings is None or tokenizer is None:  # without a tokenizer generate itself complains
+        return kwargs
+    if len(args) > 3:
+        raise ValueError("Pass `stopping_criteria` by keyword together with stop strings.")
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
+    criteria.extend(kwargs.get("stopping_criteria") or [])
+    kwargs = {**kwargs, "stopping_criteria": criteria}
+    # Keyword arguments have the last word over both configurations.
+    kwargs["stop_strings"] = None
+    if config is not None and getattr(config, "stop_strings", None) is not None and len(args) < 2:
+        kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+    return kwargs

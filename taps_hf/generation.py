@@ -1,0 +1,228 @@
+"""The decoding loop: draft, verify, walk, keep.
+
+[`SpeculativeDecoding`] is a decoding method for `generate(custom_generate=...)`: transformers does
+all its usual preparation (inputs, cache, logits processors, stopping criteria) and then calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .candidate_generator import TreeCandidateGenerator
+from .modeling_eagle import EagleDrafter
+from .shapes import DynamicTree, TreeShape
+from .strategies import CycleOutcome, Strategy, get_strategy
+from .target import TargetSession
+from .trace import DraftTrace, SpeculativeDecoderOnlyOutput, Stopwatch, trace_cycle
+from .validation import (
+    check_call,
+    check_drafter,
+    check_settings,
+    check_target,
+    check_tokenizer,
+    named_drafters,
+)
+from .verification import VERIFIERS
+
+
+class SpeculativeDecoding:
+    """Speculative decoding with one or several drafters.
+
+        target.generate(**inputs, custom_generate=SpeculativeDecoding([math, chat], "merged"))
+
+    is `target.generate(**inputs, assistant_models=[math, chat], strategy="merged")` without the
+    extension of `generate`. The output is what plain `generate` gives (docs/architecture.md states
+    for which dtypes and verifiers in what sense).
+
+    The object holds settings only and can serve several threads, except that a `streamer` belongs
+    to one call.
+
+    Args:
+        assistant_models: a drafter, a list of them, or a dictionary from names to them.
+        strategy: a registered name or a [`Strategy`]. Default: "single" for one drafter, "merged"
+            for several.
+        tree: shape of each drafter's tree. Default: `DynamicTree()`.
+        verification: "walk" (deterministic proposals; greedy or seed-exact sampling) or "rejection"
+            (proposals sampled from the drafters; exact in distribution).
+        output_draft_trees: with `return_dict_in_generate`, keep every cycle's tree, with draft
+            entropies, in the trace.
+        streamer: needed here only with `custom_generate=`, which does not hand on `generate`'s; give
+            it to both.
+        tokenizer: if given, drafters are checked to have been trained with its vocabulary.
+
+    Raises:
+        ValueError: for settings that are unknown or do not go together.
+    """
+
+    def __init__(
+        self,
+        assistant_models: EagleDrafter | Sequence[EagleDrafter] | Mapping[str, EagleDrafter],
+        strategy: str | Strategy | None = None,
+        tree: TreeShape | None = None,
+        verification: str = "walk",
+        output_draft_trees: bool = False,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.drafters = named_drafters(assistant_models)
+        if strategy is None:
+            strategy = "single" if len(self.drafters) == 1 else "merged"
+        self.strategy = get_strategy(strategy)
+        self.tree = DynamicTree() if tree is None else tree
+        self.verification = verification
+        self.output_draft_trees = output_draft_trees
+        self.streamer = streamer
+        check_settings(self.drafters, self.strategy, self.tree, verification)
+        if tokenizer is not None:
+            check_tokenizer(self.drafters, tokenizer)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `ValueError` unless `model` can be accelerated by these drafters."""
+        check_target(model)
+        for name, drafter in self.drafters.items():
+            check_drafter(name, drafter, model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> SpeculativeDecoderOnlyOutput | torch.LongTensor:
+        """Decode one sequence; called by `generate`, with what it has prepared.
+
+        Returns:
+            (1, length) int64, or with `return_dict_in_generate` an output with a `draft_trace`.
+
+        Raises:
+            ValueError: for a target, cache or generation mode that is not supported.
+        """
+        self.check(model)
+        check_call(input_ids, generation_config, model_kwargs)
+        as_dict = generation_config.return_dict_in_generate
+        do_sample = bool(generation_config.do_sample)
+        verifier_class = VERIFIERS[self.verification]
+        sample_temperature = None
+        if self.verification == "rejection":
+            sample_temperature = float(generation_config.temperature or 1.0) if do_sample else 1.0
+        scores = () if as_dict and generation_config.output_scores else None
+        raw_logits = () if as_dict and generation_config.output_logits else None
+        trace = DraftTrace(tuple(self.drafters)) if as_dict else None
+
+        generator = TreeCandidateGenerator(
+            model,
+            list(self.drafters.values()),
+            self.strategy,
+            self.tree,
+            generation_config.max_length,
+            sample_temperature,
+            with_entropy=as_dict and self.output_draft_trees,
+        )
+        target = TargetSession(model, input_ids, generation_config, model_kwargs)
+        try:
+            # 1. The prompt, up to its last token: the first root.
+            clock = Stopwatch(target.device)
+            generator.observe(*target.prefill())
+            if trace is not None:
+                clock.lap()
+                trace.seconds_prefill = clock.seconds()[0]
+
+            finished = False
+            while not finished:
+                # 2. Draft. Of a path of d nodes at most d + 1 tokens are emitted.
+                clock = Stopwatch(target.device) if trace is not None else None
+                room = _room(model, generation_config, input_ids.shape[1], target.root_position)
+                choice = generator.propose(input_ids[0, -1:], max_depth=room - 1)
+                if clock:
+                    clock.lap()
+
+                # 3. Verify: one pass of the target over the tree.
+                logits, features = target.verify(choice.tree)
+                if clock:
+                    clock.lap()
+
+                # 4. Walk: plain generate's inner loop, once per emitted token, for as long as the
+                #    tree holds the emitted token. The last token emitted has no node to go on from.
+                tree = choice.tree.to(torch.device("cpu"))
+                verifier = verifier_class(tree, do_sample)
+                nodes, walked, start = [0], [], input_ids.shape[1]
+                while nodes and not finished:
+                    walked.append(nodes[0])
+                    node_logits = logits[nodes[0]][None].to(
+                        copy=True, dtype=torch.float32, device=input_ids.device
+                    )
+                    node_scores = logits_processor(input_ids, node_logits)
+                    if scores is not None:
+                        scores += (node_scores,)
+                    if raw_logits is not None:
+                        raw_logits += (node_logits,)
+                    token, nodes = verifier.step(nodes, node_scores)
+                    input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
+                    finished = bool(stopping_criteria(input_ids, scores).all())
+                    if self.streamer is not None:
+                        self.streamer.put(token.cpu())
+
+                # 5. Keep the states of every token but the last emitted, which is the new root.
+                target.keep(walked)
+                emitted = input_ids[0, start:]
+                generator.observe(emitted, features[walked])
+                accepted = walked[1:] + nodes[:1]
+                proposed = ~tree.confidence[:, accepted].T.isnan()
+                generator.record(
+                    CycleOutcome(
+                        choice.drafters,
+                        tuple(tuple(row.nonzero().flatten().tolist()) for row in proposed),
+                    )
+                )
+                if clock:
+                    clock.lap()
+                    trace.cycles.append(
+                        trace_cycle(
+                            tree,
+                            choice.drafters,
+                            emitted.tolist(),
+                            accepted,
+                            tuple(clock.seconds()),
+                            self.output_draft_trees,
+                        )
+                    )
+        finally:
+            target.release()
+
+        if self.streamer is not None:
+            self.streamer.end()
+        if not as_dict:
+            return input_ids
+        return SpeculativeDecoderOnlyOutput(
+            sequences=input_ids,
+            scores=scores,
+            logits=raw_logits,
+            past_key_values=model_kwargs["past_key_values"],
+            draft_trace=trace,
+        )
+
+
+def _room(
+    model: PreTrainedModel, generation_config: GenerationConfig, length: int, root_position: int
+) -> int:
+    """How many tokens may still be emitted before a limit that is known beforehand."""
+    room = generation_config.max_length - length
+    config = model.config.get_text_config(decoder=True)
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        # The deepest node stands at root_position + depth, and depth is at most room - 1.
+        room = min(room, positions - root_position)
+    return room

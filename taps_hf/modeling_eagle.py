@@ -1,0 +1,150 @@
+"""The drafter: a projection and one decoder layer of the target's family.
+
+At sequence index t the drafter reads the embedding of the token at t + 1 and the target's feature
+at t (its last hidden state, i.e. what its LM head reads) and predicts the next feature
+
+    f_hat[t + 1] = Layer(fc([embed(x[t + 1]); f[t]]))
+
+which the target's own frozen LM head turns into token scores (EAGLE, arXiv 2401.15077, section
+3.1; EAGLE-2 and HASS share the architecture). Embedding and head are the target's and are never
+part of a drafter or of its checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .configuration_eagle import EagleDrafterConfig
+
+
+class EagleDrafter(PreTrainedModel):
+    """A one-layer, feature-level draft model.
+
+    Build one with [`EagleDrafter.from_target`] (random weights) or load one with `from_pretrained`.
+    It is stateless: the key-value cache of a running generation belongs to the caller.
+    """
+
+    config_class = EagleDrafterConfig
+    base_model_prefix = "drafter"
+    _supports_sdpa = True
+    _supports_flash_attn = False
+
+    def __init__(self, config: EagleDrafterConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
+        trunk = AutoModel.from_config(
+            config.build_layer_config(),
+            attn_implementation=config._attn_implementation or "sdpa",
+        )
+        missing = [name for name in ("embed_tokens", "layers", "norm") if not hasattr(trunk, name)]
+        if missing:
+            raise ValueError(
+                f"Drafters for the family {config.layer_config['model_type']!r} are not supported: "
+                f"its transformers model has no {', '.join(missing)} (expected a Llama-like one)."
+            )
+        trunk.embed_tokens = None
+        trunk.norm = nn.Identity()
+        if not config.input_norm:
+            trunk.layers[0].input_layernorm = nn.Identity()
+        self.trunk = trunk
+        if config.draft_vocab_size is not None:
+            # (draft_vocab_size,) int64, ascending: the tokens that the drafter scores.
+            self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
+        else:
+            self.draft_token_ids = None
+        self.post_init()
+
+    @classmethod
+    def from_target(
+        cls,
+        target: PreTrainedModel,
+        draft_token_ids: torch.Tensor | None = None,
+        **config_kwargs: Any,
+    ) -> EagleDrafter:
+        """A randomly initialised drafter that fits `target`, in the target's dtype, on its device.
+
+        Args:
+            target: the model to be accelerated.
+            draft_token_ids: int64 of shape (draft_vocab_size,): the tokens the drafter scores,
+                without repetition. `None` means the whole vocabulary.
+            **config_kwargs: fields of [`EagleDrafterConfig`].
+
+        Raises:
+            ValueError: if `draft_token_ids` repeats or exceeds the vocabulary.
+        """
+        if draft_token_ids is not None:
+            config_kwargs["draft_vocab_size"] = len(draft_token_ids)
+        config = EagleDrafterConfig.from_target(target.config, **config_kwargs)
+        drafter = cls(config)
+        if draft_token_ids is not None:
+            ids = draft_token_ids.unique()
+            if len(ids) != len(draft_token_ids) or ids[0] < 0 or ids[-1] >= config.vocab_size:
+                raise ValueError(
+                    f"`draft_token_ids` has {len(draft_token_ids)} entries, {len(ids)} of them "
+                    f"distinct, from {int(ids[0])} to {int(ids[-1])}; expected distinct token ids "
+                    f"below {config.vocab_size}."
+                )
+            drafter.draft_token_ids.copy_(ids)
+        return drafter.to(device=target.device, dtype=target.dtype)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, for complete safetensors checkpoints only.
+
+        Raises:
+            ValueError: if `use_safetensors=False` is asked for (a pickle can run code), or if the
+                checkpoint lacks a weight, has one too many, or one of another shape.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` is False, but drafters load from safetensors only.")
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = {k: sorted(map(str, info[k])) for k in info if k.endswith("_keys") and info[k]}
+        if wrong:
+            raise ValueError(f"The checkpoint {args[:1]} does not fit its configuration: {wrong}.")
+        return (drafter, info) if wants_info else drafter
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Predict the next features.
+
+        Args:
+            inputs_embeds: (batch, length, hidden): the target's embeddings of the *next* tokens.
+            features: (batch, length, hidden): the target's last hidden states, or, beyond the known
+                prefix, the drafter's own predictions of them.
+            attention_mask: None (causal), (batch, past + length), or a prepared 4-D mask of shape
+                (batch, 1, length, past + length), boolean, True where a query may look.
+            position_ids: (batch, length) int64.
+            past_key_values: a cache with one layer, extended in place.
+
+        Returns:
+            `last_hidden_state` of shape (batch, length, hidden): predictions of the next features.
+        """
+        hidden = self.fc(torch.cat([inputs_embeds, features], dim=-1))
+        return self.trunk(
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None if use_cache is None else use_cache,
+            **kwargs,
+        )
+
+
+AutoConfig.register(EagleDrafterConfig.model_type, EagleDrafterConfig)
+AutoModel.register(EagleDrafterConfig, EagleDrafter)

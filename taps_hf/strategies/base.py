@@ -1,0 +1,108 @@
+"""The interface of a strategy, and the registry of names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from ..tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a strategy decided in one cycle: the tree to verify and the drafters it comes from."""
+
+    tree: DraftTree
+    drafters: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CycleOutcome:
+    """What an earlier cycle came to.
+
+    Args:
+        drafters: the drafters whose proposals were verified.
+        accepted: for each accepted draft token, in order, the drafters that had proposed it.
+    """
+
+    drafters: tuple[int, ...]
+    accepted: tuple[tuple[int, ...], ...]
+
+
+class Strategy(ABC):
+    """Composes the proposals of several drafters.
+
+    Strategies hold settings only. What a decision needs to remember about the running generation it
+    reads from `history`, so that one object can serve many generations at once.
+    """
+
+    needs_entropy: ClassVar[bool] = False
+    """Whether trees must carry draft entropies."""
+
+    supports_sampled_proposals: ClassVar[bool] = False
+    """Whether decisions are independent of which tokens were sampled. Only such strategies may be
+    used with `verification="rejection"`: choosing between sampled trees by what was sampled changes
+    the distribution of the proposals, and the rejection rule would no longer be exact."""
+
+    def check(self, num_drafters: int) -> None:
+        """Raise `ValueError` if the strategy cannot work with this many drafters."""
+
+    def drafters_to_run(
+        self, num_drafters: int, history: Sequence[CycleOutcome]
+    ) -> tuple[int, ...]:
+        """Which drafters draft in this cycle: all, unless overridden."""
+        return tuple(range(num_drafters))
+
+    @abstractmethod
+    def compose(
+        self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]
+    ) -> Choice:
+        """Decide what is verified.
+
+        Args:
+            trees: the tree of each drafter that ran, by the drafter's index.
+            history: the cycles so far, oldest first.
+        """
+
+
+_REGISTRY: dict[str, Callable[[], Strategy]] = {}
+_Class = TypeVar("_Class", bound=type[Strategy])
+
+
+def register_strategy(name: str) -> Callable[[_Class], _Class]:
+    """Class decorator: make a strategy available as `strategy="name"`, with its default settings.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+
+    def register(cls: _Class) -> _Class:
+        if _REGISTRY.get(name, cls) is not cls:
+            raise ValueError(f"A strategy named {name!r} is registered already: {_REGISTRY[name]}.")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def list_strategies() -> tuple[str, ...]:
+    """The registered names."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get_strategy(strategy: str | Strategy) -> Strategy:
+    """A strategy from its name, or the object itself.
+
+    Raises:
+        ValueError: for an unknown name or another kind of object.
+    """
+    if isinstance(strategy, Strategy):
+        return strategy
+    if isinstance(strategy, str) and strategy in _REGISTRY:
+        return _REGISTRY[strategy]()
+    raise ValueError(
+        f"`strategy` is {strategy!r}, expected one of {', '.join(list_strategies())}, or a "
+        "taps_hf.Strategy object."
+    )

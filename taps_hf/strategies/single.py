@@ -1,0 +1,39 @@
+"""One drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..tree import DraftTree
+from .base import Choice, CycleOutcome, Strategy, register_strategy
+
+
+@register_strategy("single")
+@dataclass(frozen=True)
+class Single(Strategy):
+    """Use one drafter and leave the others alone.
+
+    Args:
+        index: its position in `assistant_models`.
+    """
+
+    index: int = 0
+    supports_sampled_proposals = True
+
+    def check(self, num_drafters: int) -> None:
+        if not 0 <= self.index < num_drafters:
+            raise ValueError(
+                f"Single(index={self.index}) was given {num_drafters} drafters, expected an index "
+                f"from 0 to {num_drafters - 1}."
+            )
+
+    def drafters_to_run(
+        self, num_drafters: int, history: Sequence[CycleOutcome]
+    ) -> tuple[int, ...]:
+        return (self.index,)
+
+    def compose(
+        self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]
+    ) -> Choice:
+        return Choice(trees[self.index], (self.index,))

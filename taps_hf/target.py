@@ -1,0 +1,188 @@
+"""The target's side of one generation: prefill, one pass over a tree, and keeping a path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from .cache import GrowingSlidingWindowLayer, InPlaceCache
+from .tree import DraftTree
+
+
+class TargetSession:
+    """Runs the target for one sequence.
+
+    Invariant between passes: everything before the root (the last emitted token) is in the cache.
+
+    Args:
+        model: the target; nothing is stored on it.
+        input_ids: (1, T) int64, as `generate` gives it to a decoding method.
+        generation_config: as prepared by `generate`.
+        model_kwargs: as prepared by `generate`; its `past_key_values` is extended in place.
+
+    Raises:
+        ValueError: if `past_key_values` already covers the whole prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        if self.device.type == "meta":  # offloaded by accelerate: its hooks place the inputs
+            self.device = input_ids.device
+        self._prefill_chunk_size = generation_config.prefill_chunk_size
+        self._eager = model.config._attn_implementation == "eager"
+        config = model.config.get_text_config(decoder=True)
+        self._window = getattr(config, "sliding_window", None)
+        self._layer_types = _layer_types(config)
+        mask = model_kwargs.get("attention_mask")
+        cache = model_kwargs["past_key_values"]
+        past = cache.get_seq_length()
+
+        # `input_ids` is the whole sequence or, with an earlier turn's cache, possibly only what is
+        # new; the mask (or its length, where generate dropped an all-ones mask) tells which.
+        covered = mask.shape[1] if mask is not None else _mask_length(generation_config)
+        whole = covered is None or covered == input_ids.shape[1]
+        self._new_tokens = input_ids[:, past if whole else 0 :].to(self.device)
+        if self._new_tokens.shape[1] == 0:
+            raise ValueError(
+                f"`past_key_values` holds {past} tokens and `input_ids` {input_ids.shape[1]}: "
+                "nothing is left to run; expected at least the last token not to be in the cache."
+            )
+        total = past + self._new_tokens.shape[1]
+        positions = model_kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(total)[None]
+        self._positions = positions[:, -self._new_tokens.shape[1] :].to(self.device)
+        self.root_position = int(self._positions[0, -1])
+        # (1, prompt) bool, or None where nothing is padded.
+        self._prompt_mask = None if mask is None or bool(mask.all()) else mask.to(self.device).bool()
+        self._cache = InPlaceCache(cache)
+        self._stored: list[int] = []
+
+    def prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the prompt up to, not including, its last token (the first root).
+
+        Returns:
+            the unpadded tokens that follow each position run, (n,) int64, and the features at those
+            positions, (n, hidden).
+        """
+        tokens, positions = self._new_tokens[:, :-1], self._positions[:, :-1]
+        features = []
+        # The decoder without its head: no logits are needed, and of the hidden states only the last.
+        decoder = self.model.base_model
+        step = self._prefill_chunk_size or max(tokens.shape[1], 1)
+        for start in range(0, tokens.shape[1], step):
+            chunk = slice(start, start + step)
+            end = self._cache.length + tokens[:, chunk].shape[1]
+            output = decoder(
+                input_ids=tokens[:, chunk],
+                attention_mask=None
+                if self._prompt_mask is None
+                else self._prompt_mask[:, :end].long(),
+                position_ids=positions[:, chunk],
+                past_key_values=self._cache.cache,
+                use_cache=True,
+            )
+            features.append(output.last_hidden_state[0])
+        following = self._new_tokens[0, 1:]
+        if not features:
+            return following, following.new_zeros(0, 1)
+        found = torch.cat(features)
+        if self._prompt_mask is not None:
+            real = self._prompt_mask[0, -self._new_tokens.shape[1] :][:-1]
+            following, found = following[real], found[real]
+        return following, found
+
+    def verify(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass of the target over all nodes of a tree.
+
+        Returns:
+            logits of shape (N, vocabulary) and features of shape (N, hidden), in the model's dtype.
+        """
+        tree = tree.to(self.device)
+        past = self._cache.length
+        self._stored = self._cache.stored_lengths()
+        output = self.model(
+            input_ids=tree.tokens[None],
+            attention_mask=self._tree_masks(tree, past),
+            position_ids=(tree.depths + self.root_position)[None],
+            past_key_values=self._cache.cache,
+            use_cache=True,
+            output_hidden_states=True,
+            return_dict=True,
+        )
+        return output.logits[0], output.hidden_states[-1][0]
+
+    def keep(self, path: list[int]) -> None:
+        """Keep the states of the nodes on `path`, which starts at the root, and move the root on."""
+        self._cache.keep(self._stored, path)
+        self.root_position += len(path)
+
+    def release(self) -> None:
+        """Give the cache back to its owner in transformers' own form."""
+        self._cache.release()
+
+    def _tree_masks(
+        self, tree: DraftTree, past: int
+    ) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """What each node may attend to: the past and its ancestors, within the window if there is one.
+
+        Returns:
+            (1, 1, N, stored + N) bool (additive for eager attention), a dictionary of such by layer
+            type for models with several types, or None where one node sees everything.
+        """
+        if len(tree) == 1 and self._prompt_mask is None and self._window is None:
+            return None
+        ancestors = tree.ancestors()
+        visible = ancestors.new_ones(len(tree), past)
+        if self._prompt_mask is not None:
+            # Everything emitted since the prompt is real; the root is the prompt's last token at first.
+            known = min(past, self._prompt_mask.shape[1])
+            visible[:, :known] = self._prompt_mask[:, :known]
+        full = torch.cat([visible, ancestors], dim=1)
+        masks = {}
+        for layer_type, layer_index in self._layer_types.items():
+            mask = full
+            if layer_type == "sliding_attention":
+                # Position in the sequence (padding counts) of every key and of every query.
+                keys = torch.cat([torch.arange(past, device=self.device), past + tree.depths])
+                queries = past + tree.depths
+                mask = full & (keys[None, :] > queries[:, None] - self._window)
+            masks[layer_type] = self._additive(mask[:, past - self._stored_by(layer_index, past) :])
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _stored_by(self, layer_index: int, past: int) -> int:
+        """How many of the `past` tokens the layer still holds."""
+        layers = self._cache.cache.layers
+        if layer_index < len(layers) and isinstance(layers[layer_index], GrowingSlidingWindowLayer):
+            return self._stored[layer_index]
+        return past
+
+    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+        mask = mask[None, None]
+        if not self._eager:
+            return mask
+        zeros = torch.zeros_like(mask, dtype=self.model.dtype)
+        return zeros.masked_fill(~mask, torch.finfo(self.model.dtype).min)
+
+
+def _mask_length(generation_config: GenerationConfig) -> int | None:
+    """Length of the all-ones mask that newer versions of `generate` drop, if there was one."""
+    return getattr(generation_config, "_mask_length", None)
+
+
+def _layer_types(config: Any) -> dict[str, int]:
+    """Each attention type of a decoder and the index of the first layer that has it."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        types = ["sliding_attention" if sliding else "full_attention"]
+    return {layer_type: types.index(layer_type) for layer_type in dict.fromkeys(types)}

@@ -1,0 +1,269 @@
+"""Draft trees as plain tensors, and how several become one.
+
+A draft tree is a trie of proposed continuations: node 0 is the root (the last emitted token),
+parents come before children, and siblings carry distinct tokens. Every node remembers which
+drafters proposed it and how confident each was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class SampledProposals:
+    """The proposal distributions behind a tree whose children were *sampled* from them.
+
+    An attempt is one child drawn at one node from one drafter's distribution. Attempts at a node
+    are to be tried in the order they have here.
+
+    Args:
+        parents: (attempts,) int64: the node at which the child was drawn.
+        children: (attempts,) int64: the node drawn.
+        rows: (attempts,) int64: the row of `probabilities` it was drawn from (without replacement
+            among the attempts that share the row).
+        probabilities: (rows, vocabulary) float32: the drafters' distributions.
+    """
+
+    parents: torch.Tensor
+    children: torch.Tensor
+    rows: torch.Tensor
+    probabilities: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """One draft tree of N nodes (the root included), proposed by D drafters.
+
+    Args:
+        tokens: (N,) int64.
+        parents: (N,) int64, each smaller than the node's own index; -1 for the root.
+        depths: (N,) int64, 0 for the root.
+        confidence: (D, N) float32: c(v), a drafter's probability of the node's token given its
+            path; NaN where that drafter did not propose the node. 1 at the root.
+        path_confidence: (D, N) float32: V(v), the product of c over the path; NaN likewise.
+        entropy: (D, N) float32, nats: entropy of the distribution the node was taken from; NaN
+            where unknown, and at the root. None if it was not asked for.
+        proposals: the distributions the nodes were sampled from; None for deterministic trees.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    confidence: torch.Tensor
+    path_confidence: torch.Tensor
+    entropy: torch.Tensor | None = None
+    proposals: SampledProposals | None = None
+
+    @classmethod
+    def root(cls, token: torch.Tensor, num_drafters: int) -> DraftTree:
+        """The tree that proposes nothing. `token`: int64 of shape (1,)."""
+        zero = torch.zeros_like(token)
+        ones = torch.ones(num_drafters, 1, device=token.device)
+        return cls(token, zero - 1, zero, ones, ones)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_drafters(self) -> int:
+        return self.confidence.shape[0]
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node (reads back from the device)."""
+        return int(self.depths.max())
+
+    def ancestors(self) -> torch.Tensor:
+        """(N, N) bool: entry [i, j] says that j lies on the path from the root to i, i included."""
+        size = len(self)
+        reach = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
+        nodes = torch.arange(size, device=self.tokens.device)
+        up = self.parents
+        for _ in range(self.max_depth):
+            # The root's parent is -1; pointing it at the root itself changes nothing there.
+            up = up.clamp(min=0)
+            reach[nodes, up] = True
+            up = self.parents[up]
+        return reach
+
+    def mean_confidence(self) -> torch.Tensor:
+        """(D,) float32: (1/|T|) sum of c(v) over the nodes below the root (TAPS, equation 13)."""
+        return self.confidence[:, 1:].nanmean(dim=1)
+
+    def mean_entropy(self) -> torch.Tensor:
+        """(D,) float32, nats: mean draft entropy over the nodes below the root."""
+        if self.entropy is None:
+            raise ValueError("The tree was grown without entropies.")
+        return self.entropy[:, 1:].nanmean(dim=1)
+
+    def to(self, device: torch.device) -> DraftTree:
+        """The tree on another device (itself if it is there already)."""
+        if self.tokens.device == device:
+            return self
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        if self.proposals is not None:
+            moved["proposals"] = SampledProposals(
+                **{name: value.to(device) for name, value in vars(self.proposals).items()}
+            )
+        return replace(self, **moved)
+
+    def select(self, nodes: torch.Tensor) -> DraftTree:
+        """The subtree made of `nodes`: int64, ascending, with the root and every node's parent."""
+        new_index = torch.full((len(self) + 1,), -1, device=self.tokens.device)
+        new_index[nodes] = torch.arange(len(nodes), device=self.tokens.device)
+        return DraftTree(
+            tokens=self.tokens[nodes],
+            parents=new_index[self.parents[nodes]],  # the root's -1 reads the last entry, -1
+            depths=self.depths[nodes],
+            confidence=self.confidence[:, nodes],
+            path_confidence=self.path_confidence[:, nodes],
+            entropy=None if self.entropy is None else self.entropy[:, nodes],
+        )
+
+    def best(self, num_nodes: int) -> DraftTree:
+        """The `num_nodes` best nodes below the root by path confidence.
+
+        A node's path confidence never exceeds its parent's, and ties go to the earlier node, so
+        what is kept is connected. With several drafters a node counts by the surest of them.
+        """
+        if len(self) - 1 <= num_nodes:
+            return self
+        value = self.path_confidence[:, 1:].nan_to_num(nan=-1.0).amax(dim=0)
+        order = torch.sort(value, descending=True, stable=True).indices[:num_nodes] + 1
+        root = torch.zeros(1, dtype=torch.long, device=order.device)
+        return self.select(torch.cat([root, order.sort().values]))
+
+
+def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree:
+    """The union of tries under the shared root: what several drafters proposed stands once.
+
+    Args:
+        trees: trees with the same root token and the same number of drafters (each tree leaves NaN
+            in the rows of drafters it does not come from).
+        num_nodes: keep only that many best nodes below the root; None keeps all. Not available for
+            sampled trees: dropping nodes by their tokens would change what was sampled.
+
+    Returns:
+        a tree whose nodes at each depth are ordered by parent, then token.
+
+    Raises:
+        ValueError: for no trees, or a node budget on sampled trees.
+    """
+    _check_mergeable(trees)
+    sampled = trees[0].proposals is not None
+    if sampled and num_nodes is not None:
+        raise ValueError(
+            f"`num_nodes` is {num_nodes}, but the trees were sampled; expected None, since choosing "
+            "among sampled tokens changes their distribution."
+        )
+    if len(trees) == 1:
+        return trees[0] if num_nodes is None else trees[0].best(num_nodes)
+
+    packed = concatenate(trees)
+    # Level by level: nodes are the same when their parents are and their tokens are.
+    identity = torch.zeros_like(packed.tokens)  # (packed nodes,) index in the union
+    levels = [torch.zeros(1, 3, dtype=torch.long, device=packed.tokens.device)]
+    size = 1
+    for depth in range(1, packed.max_depth + 1):
+        at = (packed.depths == depth).nonzero().squeeze(1)
+        keys = torch.stack([identity[packed.parents[at]], packed.tokens[at]], dim=1)
+        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+        identity[at] = size + inverse
+        levels.append(torch.cat([unique, torch.full_like(unique[:, :1], depth)], dim=1))
+        size += len(unique)
+    nodes = torch.cat(levels)  # (N, 3): parent, token, depth
+    nodes[0] = torch.stack([nodes[0, 0] - 1, packed.tokens[0], nodes[0, 2]])
+
+    def combine(values: torch.Tensor) -> torch.Tensor:
+        # A drafter proposes a node at most once, so "the largest known" is "the only known".
+        out = values.new_full((values.shape[0], size), -torch.inf)
+        known = values.nan_to_num(nan=-torch.inf)
+        out = out.scatter_reduce(1, identity.expand_as(values), known, "amax")
+        return out.masked_fill(out == -torch.inf, torch.nan)
+
+    proposals = None
+    if sampled:
+        p = packed.proposals
+        proposals = replace(p, parents=identity[p.parents], children=identity[p.children])
+    union = DraftTree(
+        tokens=nodes[:, 1],
+        parents=nodes[:, 0],
+        depths=nodes[:, 2],
+        confidence=combine(packed.confidence),
+        path_confidence=combine(packed.path_confidence),
+        entropy=None if packed.entropy is None else combine(packed.entropy),
+        proposals=proposals,
+    )
+    return union if num_nodes is None else union.best(num_nodes)
+
+
+def concatenate(trees: Sequence[DraftTree]) -> DraftTree:
+    """The paper's packing (TAPS, appendix A.4): the trees side by side under the shared root.
+
+    What several drafters proposed is verified several times, so here siblings may carry equal tokens
+    and depths are sorted within each tree only.
+    """
+    _check_mergeable(trees)
+    first = trees[0]
+    tokens, parents, depths = [first.tokens[:1]], [first.parents[:1]], [first.depths[:1]]
+    confidence, path_confidence = [first.confidence[:, :1]], [first.path_confidence[:, :1]]
+    entropy = None if first.entropy is None else [first.entropy[:, :1]]
+    proposals: list[SampledProposals] = []
+    offset = rows = 0
+    for tree in trees:
+
+        def shifted(index: torch.Tensor, offset: int = offset) -> torch.Tensor:
+            return torch.where(index > 0, index + offset, index)
+
+        tokens.append(tree.tokens[1:])
+        parents.append(shifted(tree.parents[1:]))
+        depths.append(tree.depths[1:])
+        confidence.append(tree.confidence[:, 1:])
+        path_confidence.append(tree.path_confidence[:, 1:])
+        if entropy is not None:
+            entropy.append(tree.entropy[:, 1:])
+        if tree.proposals is not None:
+            p = tree.proposals
+            proposals.append(
+                replace(
+                    p,
+                    parents=shifted(p.parents),
+                    children=shifted(p.children),
+                    rows=p.rows + rows,
+                )
+            )
+            rows += len(p.probabilities)
+        offset += len(tree) - 1
+    return DraftTree(
+        tokens=torch.cat(tokens),
+        parents=torch.cat(parents),
+        depths=torch.cat(depths),
+        confidence=torch.cat(confidence, dim=1),
+        path_confidence=torch.cat(path_confidence, dim=1),
+        entropy=None if entropy is None else torch.cat(entropy, dim=1),
+        proposals=None
+        if not proposals
+        else SampledProposals(
+            *(
+                torch.cat([getattr(p, name) for p in proposals])
+                for name in ("parents", "children", "rows", "probabilities")
+            )
+        ),
+    )
+
+
+def _check_mergeable(trees: Sequence[DraftTree]) -> None:
+    if not trees:
+        raise ValueError("No trees were given to merge; expected at least one.")
+    if len({tree.num_drafters for tree in trees}) > 1:
+        raise ValueError("The trees have different numbers of drafters; expected the same for all.")
+    if len({(tree.entropy is None, tree.proposals is None) for tree in trees}) > 1:
+        raise ValueError("The trees differ in kind; expected all sampled or none, alike in entropy.")

@@ -1,0 +1,217 @@
+"""Everything that can be refused is refused here, before any pass of any model.
+
+Each message names the argument, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMode
+
+from .cache import check_cache
+from .configuration_eagle import tokenizer_fingerprint
+from .modeling_eagle import EagleDrafter
+from .shapes import TreeShape
+from .strategies import Strategy
+from .verification import VERIFIERS
+
+# What generate() hands to a decoding method and a text-only target's forward takes.
+_KNOWN_MODEL_KWARGS = {
+    "attention_mask",
+    "cache_position",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def named_drafters(
+    assistant_models: EagleDrafter | Sequence[EagleDrafter] | Mapping[str, EagleDrafter],
+) -> dict[str, EagleDrafter]:
+    """Drafters by name: the given names, or the last part of their paths (made unique).
+
+    Raises:
+        ValueError: unless there is at least one drafter and nothing else.
+    """
+    if isinstance(assistant_models, EagleDrafter):
+        assistant_models = [assistant_models]
+    if isinstance(assistant_models, Mapping):
+        named = dict(assistant_models)
+    elif isinstance(assistant_models, Sequence) and not isinstance(assistant_models, str):
+        named = {}
+        for i, drafter in enumerate(assistant_models):
+            path = str(getattr(drafter, "name_or_path", "")).rstrip("/")
+            name = path.rpartition("/")[2] or f"drafter {i}"
+            named[f"{name} ({i})" if name in named else name] = drafter
+    else:
+        named = {"assistant_models": assistant_models}
+    wrong = {name: type(d).__name__ for name, d in named.items() if not isinstance(d, EagleDrafter)}
+    if wrong or not named:
+        raise ValueError(
+            f"`assistant_models` is {wrong or 'empty'}, expected at least one taps_hf.EagleDrafter "
+            "(a list of them, or a dictionary from names to them)."
+        )
+    return named
+
+
+def check_settings(
+    drafters: Mapping[str, EagleDrafter], strategy: Strategy, tree: TreeShape, verification: str
+) -> None:
+    """Check what can be checked without a target.
+
+    Raises:
+        ValueError: for settings that are unknown or do not go together.
+    """
+    if not isinstance(tree, TreeShape):
+        raise ValueError(
+            f"`tree` is {tree!r}, expected a tree shape such as taps_hf.DynamicTree(depth=5, "
+            "top_k=8, num_nodes=24)."
+        )
+    if verification not in VERIFIERS:
+        raise ValueError(
+            f"`verification` is {verification!r}, expected one of {', '.join(sorted(VERIFIERS))}."
+        )
+    strategy.check(len(drafters))
+    if verification == "rejection":
+        if tree.follows_tokens:
+            raise ValueError(
+                f'`tree` is {tree!r} and `verification` is "rejection": proposals are sampled, and '
+                "a tree shaped by their confidence would change their distribution; expected a "
+                "FixedTree or a ChainTree."
+            )
+        if not strategy.supports_sampled_proposals:
+            raise ValueError(
+                f'`strategy` is {strategy!r} and `verification` is "rejection": proposals are '
+                "sampled, and choosing among them would change their distribution; expected "
+                "single, or merged without a node budget."
+            )
+
+
+def check_target(model: PreTrainedModel) -> None:
+    """Check that trees can be verified by this model.
+
+    Raises:
+        ValueError: for encoder-decoder models, attention kernels that take no tree mask, layers of
+            kinds that cannot forget a rejected branch, and models without position ids or a head.
+    """
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"The target is an encoder-decoder model ({kind}), expected decoder-only.")
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"The target's attention implementation is {attention!r}, which takes no tree mask; "
+            'expected "sdpa" or "eager" (model.set_attn_implementation("sdpa")).'
+        )
+    config = model.config.get_text_config(decoder=True)
+    odd = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if odd or getattr(config, "attention_chunk_size", None):
+        raise ValueError(
+            f"The target ({kind}) has layers of type {', '.join(sorted(odd)) or 'chunked_attention'}"
+            f"; expected {' and '.join(sorted(_LAYER_TYPES))} only."
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError(f"The target ({kind}) attends in both directions, expected a causal model.")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"The target's forward ({kind}) takes no `position_ids`, which nodes of a tree need."
+        )
+    if model.get_output_embeddings() is None or model.base_model is model:
+        raise ValueError(f"The target ({kind}) has no LM head, expected a causal language model.")
+
+
+def check_drafter(name: str, drafter: EagleDrafter, model: PreTrainedModel) -> None:
+    """Check that a drafter fits a target.
+
+    Raises:
+        ValueError: if hidden size or vocabulary differ, or the target's head cannot be read.
+    """
+    config = model.config.get_text_config(decoder=True)
+    trained_for = drafter.config.target_name_or_path or "another target"
+    for field in ("hidden_size", "vocab_size"):
+        found, expected = getattr(drafter.config, field), getattr(config, field)
+        if found != expected:
+            raise ValueError(
+                f"Drafter {name!r} has `{field}` {found}, but the target's is {expected}: it was "
+                f"made for {trained_for}."
+            )
+    head = model.get_output_embeddings().weight
+    if drafter.draft_token_ids is not None and head.device.type == "meta":
+        raise ValueError(
+            f"Drafter {name!r} has a draft vocabulary, but the target's LM head is offloaded; "
+            "expected a `device_map` that keeps the head on a device."
+        )
+
+
+def check_tokenizer(
+    drafters: Mapping[str, EagleDrafter], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Check that drafters were trained with this tokenizer's vocabulary.
+
+    Raises:
+        ValueError: if a drafter's recorded fingerprint differs from the tokenizer's.
+    """
+    expected = {d.config.tokenizer_fingerprint for d in drafters.values()} - {None}
+    if not expected:
+        return
+    found = tokenizer_fingerprint(tokenizer)
+    for name, drafter in drafters.items():
+        recorded = drafter.config.tokenizer_fingerprint
+        if recorded not in (None, found):
+            raise ValueError(
+                f"Drafter {name!r} was trained with a tokenizer of fingerprint {recorded}, but "
+                f"`tokenizer` ({tokenizer.name_or_path}) has {found}: their vocabularies differ."
+            )
+
+
+def check_call(
+    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Check what `generate` prepared for this call.
+
+    Raises:
+        ValueError: for anything but greedy search or sampling of one sequence with a dynamic cache.
+    """
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"The generation mode is {mode.value!r} (num_beams={generation_config.num_beams}), "
+            "expected greedy search or sampling with `assistant_models`."
+        )
+    if (generation_config.num_return_sequences or 1) > 1:
+        raise ValueError(
+            f"`num_return_sequences` is {generation_config.num_return_sequences}, expected 1 with "
+            "`assistant_models`."
+        )
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"The batch has {input_ids.shape[0]} sequences, expected 1 with `assistant_models`."
+        )
+    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "The prompt was given as `inputs_embeds`, expected `input_ids`: drafters read tokens."
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name):
+            raise ValueError(
+                f"`{name}` is True, expected False with `assistant_models`: a pass over a tree has "
+                "no per-token counterpart of it. `output_scores` and `output_logits` are available."
+            )
+    odd = sorted(
+        k for k, v in model_kwargs.items() if v is not None and k not in _KNOWN_MODEL_KWARGS
+    )
+    if odd:
+        raise ValueError(
+            f"`generate` was given {', '.join(odd)}, which draft trees cannot carry; expected only "
+            f"text inputs ({', '.join(sorted(_KNOWN_MODEL_KWARGS))})."
+        )
+    if not generation_config.use_cache:
+        raise ValueError("`use_cache` is False, expected True with `assistant_models`.")
+    check_cache(model_kwargs.get("past_key_values"))
