@@ -31,8 +31,6 @@ from .trace import CycleTrace, DraftTrace, EmittedToken, SpeculativeDecoderOnlyO
 from .tree import DraftTree, concatenate, merge
 from .version import __version__
 
-
-
 __all__ = [
     "ChainTree",
     "Choice",

@@ -1,4 +1,4 @@
-"""Averaging the weights of drafters: the baseline that composition at inference time is up against."""
+"""Averaging the weights of drafters: the baseline for composing them at inference time."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class _GrowingMixin:
 
         Args:
             past: stored entries to leave alone.
-            rows: int64 of shape (count,), ascending indices relative to `past`; None for 0..count-1.
+            rows: int64 of shape (count,), ascending, relative to `past`; None for 0..count-1.
             count: number of entries to keep after `past`.
         """
         if not self.is_initialized:  # layers that share another layer's states store none

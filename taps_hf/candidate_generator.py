@@ -1,9 +1,9 @@
-"""The seam to transformers' assisted generation: drafters and a strategy as a candidate generator."""
+"""The seam to transformers' assisted generation: drafters and a strategy as one object."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ class TreeCandidateGenerator(CandidateGenerator):
     """
 
     requires_model_outputs = True
-    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}
 
     def __init__(
         self,
@@ -121,7 +121,9 @@ class TreeCandidateGenerator(CandidateGenerator):
         tree = self.propose(input_ids[0, -1:], room - input_ids.shape[1] - 1).tree
         value = tree.path_confidence.nan_to_num(nan=-1.0).amax(dim=0).tolist()
         parents, path = tree.parents.tolist(), []
-        while children := [node for node, parent in enumerate(parents) if parent == (path or [0])[-1]]:
+        while children := [
+            node for node, parent in enumerate(parents) if parent == (path or [0])[-1]
+        ]:
             path.append(max(children, key=value.__getitem__))
         return torch.cat([input_ids, tree.tokens[path][None].to(input_ids.device)], dim=1), None
 

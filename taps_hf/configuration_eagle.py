@@ -108,8 +108,6 @@ class EagleDrafterConfig(PretrainedConfig):
         layer.update(
             model_type=text_config.model_type,
             num_hidden_layers=1,
-            # Drafting reads far fewer tokens than a sliding window hides: always full attention.
-            sliding_window=None,
             # The embedding is built only to be dropped: make it as small as can be.
             vocab_size=1,
             bos_token_id=None,
@@ -117,8 +115,15 @@ class EagleDrafterConfig(PretrainedConfig):
             pad_token_id=None,
             tie_word_embeddings=False,
         )
+        # A drafter always attends to everything: its one layer is cheap, and its cache small.
+        window = getattr(text_config, "sliding_window", None)
         if getattr(text_config, "layer_types", None) is not None:
             layer["layer_types"] = ["full_attention"]
+            # Some families with layer types insist on a window even where no layer slides.
+            window = window and text_config.max_position_embeddings
+        else:
+            window = None
+        layer["sliding_window"] = window
         for name in ("use_sliding_window", "max_window_layers"):
             layer.pop(name, None)
         kwargs.setdefault("target_name_or_path", target_config.name_or_path or None)

@@ -45,13 +45,14 @@ def is_enabled() -> bool:
 
 
 def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with `assistant_models`: bind the settings and run it as a custom decoding method."""
+    """`generate` with `assistant_models`: bind the settings, run as a custom decoding method."""
     assistant_models = kwargs.pop("assistant_models")
     settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
     if assistant_models is None:
         if settings:
             raise ValueError(
-                f"`assistant_models` is None, but {', '.join(settings)} was given; expected drafters."
+                f"`assistant_models` is None, but {', '.join(settings)} was given; expected "
+                "drafters."
             )
         return original(model, *args, **kwargs)
     for name in ("assistant_model", "custom_generate"):
@@ -76,8 +77,8 @@ def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) 
 def _bind_stop_strings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Turn stop strings into a stopping criterion.
 
-    With a callable decoding method `generate` drops the tokenizer that stop strings need, so what it
-    would have built from them is built here.
+    With a callable decoding method `generate` drops the tokenizer that stop strings need, so what
+    it would have built from them is built here.
     """
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     given = [kwargs.get("stop_strings"), getattr(config, "stop_strings", None)]

@@ -57,8 +57,8 @@ class SpeculativeDecoding:
             (proposals sampled from the drafters; exact in distribution).
         output_draft_trees: with `return_dict_in_generate`, keep every cycle's tree, with draft
             entropies, in the trace.
-        streamer: needed here only with `custom_generate=`, which does not hand on `generate`'s; give
-            it to both.
+        streamer: needed here only with `custom_generate=`, which does not hand on `generate`'s;
+            give it to both.
         tokenizer: if given, drafters are checked to have been trained with its vocabulary.
 
     Raises:

@@ -63,7 +63,9 @@ class TargetSession:
         self._positions = positions[:, -self._new_tokens.shape[1] :].to(self.device)
         self.root_position = int(self._positions[0, -1])
         # (1, prompt) bool, or None where nothing is padded.
-        self._prompt_mask = None if mask is None or bool(mask.all()) else mask.to(self.device).bool()
+        self._prompt_mask = (
+            None if mask is None or bool(mask.all()) else mask.to(self.device).bool()
+        )
         self._cache = InPlaceCache(cache)
         self._stored: list[int] = []
 
@@ -76,7 +78,7 @@ class TargetSession:
         """
         tokens, positions = self._new_tokens[:, :-1], self._positions[:, :-1]
         features = []
-        # The decoder without its head: no logits are needed, and of the hidden states only the last.
+        # The decoder without its head: no logits, and of the hidden states only the last.
         decoder = self.model.base_model
         step = self._prefill_chunk_size or max(tokens.shape[1], 1)
         for start in range(0, tokens.shape[1], step):
@@ -122,7 +124,7 @@ class TargetSession:
         return output.logits[0], output.hidden_states[-1][0]
 
     def keep(self, path: list[int]) -> None:
-        """Keep the states of the nodes on `path`, which starts at the root, and move the root on."""
+        """Keep the states of the nodes on `path` (the root first) and move the root on."""
         self._cache.keep(self._stored, path)
         self.root_position += len(path)
 
@@ -133,7 +135,7 @@ class TargetSession:
     def _tree_masks(
         self, tree: DraftTree, past: int
     ) -> torch.Tensor | dict[str, torch.Tensor] | None:
-        """What each node may attend to: the past and its ancestors, within the window if there is one.
+        """What each node may attend to: the past and its ancestors, within the window if any.
 
         Returns:
             (1, 1, N, stored + N) bool (additive for eager attention), a dictionary of such by layer
@@ -144,7 +146,7 @@ class TargetSession:
         ancestors = tree.ancestors()
         visible = ancestors.new_ones(len(tree), past)
         if self._prompt_mask is not None:
-            # Everything emitted since the prompt is real; the root is the prompt's last token at first.
+            # What was emitted since is real. At first the root is the prompt's own last token.
             known = min(past, self._prompt_mask.shape[1])
             visible[:, :known] = self._prompt_mask[:, :known]
         full = torch.cat([visible, ancestors], dim=1)

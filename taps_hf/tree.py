@@ -161,8 +161,8 @@ def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree
     sampled = trees[0].proposals is not None
     if sampled and num_nodes is not None:
         raise ValueError(
-            f"`num_nodes` is {num_nodes}, but the trees were sampled; expected None, since choosing "
-            "among sampled tokens changes their distribution."
+            f"`num_nodes` is {num_nodes}, but the trees were sampled; expected None, since "
+            "choosing among sampled tokens changes their distribution."
         )
     if len(trees) == 1:
         return trees[0] if num_nodes is None else trees[0].best(num_nodes)
@@ -208,8 +208,8 @@ def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree
 def concatenate(trees: Sequence[DraftTree]) -> DraftTree:
     """The paper's packing (TAPS, appendix A.4): the trees side by side under the shared root.
 
-    What several drafters proposed is verified several times, so here siblings may carry equal tokens
-    and depths are sorted within each tree only.
+    What several drafters proposed is verified several times, so here siblings may carry equal
+    tokens, and depths are sorted within each tree only.
     """
     _check_mergeable(trees)
     first = trees[0]
@@ -266,4 +266,6 @@ def _check_mergeable(trees: Sequence[DraftTree]) -> None:
     if len({tree.num_drafters for tree in trees}) > 1:
         raise ValueError("The trees have different numbers of drafters; expected the same for all.")
     if len({(tree.entropy is None, tree.proposals is None) for tree in trees}) > 1:
-        raise ValueError("The trees differ in kind; expected all sampled or none, alike in entropy.")
+        raise ValueError(
+            "The trees differ in kind; expected all sampled or none, alike in entropy."
+        )

@@ -113,12 +113,15 @@ def check_target(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     odd = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if odd or getattr(config, "attention_chunk_size", None):
+        found = ", ".join(sorted(odd)) or "chunked_attention"
         raise ValueError(
-            f"The target ({kind}) has layers of type {', '.join(sorted(odd)) or 'chunked_attention'}"
-            f"; expected {' and '.join(sorted(_LAYER_TYPES))} only."
+            f"The target ({kind}) has layers of type {found}; expected "
+            f"{' and '.join(sorted(_LAYER_TYPES))} only."
         )
     if getattr(config, "use_bidirectional_attention", None):
-        raise ValueError(f"The target ({kind}) attends in both directions, expected a causal model.")
+        raise ValueError(
+            f"The target ({kind}) attends in both directions, expected a causal model."
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"The target's forward ({kind}) takes no `position_ids`, which nodes of a tree need."

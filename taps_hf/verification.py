@@ -74,7 +74,7 @@ class RejectionVerifier(Verifier):
         super().__init__(tree, do_sample)
         if tree.proposals is None:
             if len(tree) > 1:
-                raise ValueError("The tree was not sampled; the rejection rule needs its proposals.")
+                raise ValueError("The tree was not sampled, expected one with its proposals.")
             self._attempts: dict[int, list[tuple[int, int]]] = {}
             return
         self._tokens = tree.tokens.tolist()

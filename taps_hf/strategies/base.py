@@ -46,7 +46,7 @@ class Strategy(ABC):
     used with `verification="rejection"`: choosing between sampled trees by what was sampled changes
     the distribution of the proposals, and the rejection rule would no longer be exact."""
 
-    def check(self, num_drafters: int) -> None:
+    def check(self, num_drafters: int) -> None:  # noqa: B027 (most strategies take any number)
         """Raise `ValueError` if the strategy cannot work with this many drafters."""
 
     def drafters_to_run(
@@ -56,9 +56,7 @@ class Strategy(ABC):
         return tuple(range(num_drafters))
 
     @abstractmethod
-    def compose(
-        self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]
-    ) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
         """Decide what is verified.
 
         Args:

@@ -36,9 +36,7 @@ class Merged(Strategy):
         """A node budget would choose among sampled tokens."""
         return self.num_nodes is None
 
-    def compose(
-        self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]
-    ) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
         ordered = list(trees.values())
         if self.packing == "union":
             tree = merge(ordered, self.num_nodes)

@@ -39,9 +39,7 @@ class _Routing(Strategy):
             return history[0].drafters
         return super().drafters_to_run(num_drafters, history)
 
-    def compose(
-        self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]
-    ) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
         scores = [float(self.score(tree)[index]) for index, tree in trees.items()]
         best = list(trees)[scores.index(max(scores))]
         return Choice(trees[best], (best,))

@@ -33,7 +33,5 @@ class Single(Strategy):
     ) -> tuple[int, ...]:
         return (self.index,)
 
-    def compose(
-        self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]
-    ) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
         return Choice(trees[self.index], (self.index,))

@@ -1,0 +1,79 @@
+"""Tiny random targets of several families, and drafters for them that are sometimes right."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from taps_hf import EagleDrafter
+
+VOCAB = 16
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    # Larger than usual, so that random models have preferences and drafters can be wrong.
+    "initializer_range": 0.4,
+}
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": {
+        "sliding_window": 10,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+
+
+@functools.cache
+def tiny_target(
+    family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """A random target. Cached: do not change it."""
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@functools.cache
+def tiny_drafters(
+    count: int = 2,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    draft_vocab: int | None = None,
+) -> tuple[EagleDrafter, ...]:
+    """Random drafters for the tiny target of a family. Cached: do not change them.
+
+    With 16 tokens in the vocabulary a wide tree holds the right one often enough to be accepted
+    several levels deep.
+    """
+    drafters = []
+    with torch.random.fork_rng():
+        for seed in range(count):
+            torch.manual_seed(seed)
+            ids = None if draft_vocab is None else torch.randperm(VOCAB)[:draft_vocab]
+            drafter = EagleDrafter.from_target(tiny_target(family), draft_token_ids=ids)
+            drafters.append(drafter.to(dtype).eval())
+    return tuple(drafters)
+
+
+def prompt(length: int = 9, seed: int = 0) -> torch.Tensor:
+    """(1, length) int64 random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (1, length), generator=generator)
