@@ -96,11 +96,12 @@ class FixedTree(TreeShape):
 
     Args:
         paths: every node as the ranks of the choices that lead to it: `(0,)` is the most likely
-            child of the root, `(0, 1)` the second most likely child of that. Any order; the parents
-            of a node must be there.
+            child of the root, `(0, 1)` the second most likely child of that. Any order; a node's
+            parent and its siblings of lower rank must be there. (When proposals are sampled, a
+            second draw without its first is not distributed as the rejection rule assumes.)
 
     Raises:
-        ValueError: for no paths, repeated ones, or one whose parent is missing.
+        ValueError: for no paths, repeated ones, or one whose parent or elder sibling is missing.
     """
 
     follows_tokens: ClassVar[bool] = False
@@ -111,8 +112,15 @@ class FixedTree(TreeShape):
         if not nodes or () in nodes or len(known) != len(nodes) + 1:
             raise ValueError(f"`paths` is {paths!r}, expected distinct, non-empty paths.")
         for path in nodes:
-            if path[:-1] not in known or min(path) < 0:
-                raise ValueError(f"`paths` has {path} but not {path[:-1]}; expected every parent.")
+            if path[-1] < 0:
+                raise ValueError(f"`paths` has {path}, expected ranks from 0.")
+            needed = [path[:-1]] + [(*path[:-1], path[-1] - 1)] * (path[-1] > 0)
+            for other in needed:
+                if other not in known:
+                    raise ValueError(
+                        f"`paths` has {path} but not {other}; expected a node's parent and its "
+                        "siblings of lower rank."
+                    )
         self.paths = tuple(nodes)
 
     @classmethod
