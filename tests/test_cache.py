@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from taps_hf import cache as module
+from taps_hf.cache import GrowingLayer, GrowingSlidingWindowLayer, InPlaceCache, check_cache
+
+from .tiny import prompt, tiny_target
+
+quick = settings(deadline=None, max_examples=40)
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+windows = st.integers(2, 8)
+
+
+def states(count: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of two heads that say which token they belong to."""
+    keys = torch.arange(start, start + count, dtype=torch.float32)[None, None, :, None]
+    keys = keys.repeat(1, 2, 1, 3)
+    return keys, -keys
+
+
+def held(layer) -> list[int]:
+    """The tokens whose states a layer holds."""
+    if not layer.is_initialized:
+        return []
+    found = layer.keys[0, 0, :, 0].tolist()
+    expected = torch.tensor(found)[None, None, :, None].expand(1, 2, -1, 3)
+    assert torch.equal(layer.keys, expected)
+    assert torch.equal(layer.values, -expected)
+    return [int(x) for x in found]
+
+
+def pair(window: int | None):
+    """A growing layer and the transformers layer that it stands for."""
+    if window is None:
+        return GrowingLayer(), DynamicLayer()
+    return GrowingSlidingWindowLayer(window), DynamicSlidingWindowLayer(window)
+
+
+@quick
+@given(lengths, st.none() | windows)
+def test_growing_layers_update_as_transformers_do(counts, window):
+    growing, theirs = pair(window)
+    for query in (1, 5):
+        assert growing.get_mask_sizes(query) == theirs.get_mask_sizes(query)
+    start = 0
+    for count in counts:
+        new = states(count, start)
+        start += count
+        for found, expected in zip(growing.update(*new), theirs.update(*new)):
+            assert torch.equal(found, expected)
+        assert growing.get_seq_length() == theirs.get_seq_length() == start
+        for query in (1, 5):
+            assert growing.get_mask_sizes(query) == theirs.get_mask_sizes(query)
+
+
+@st.composite
+def cycles(draw):
+    """Passes over trees: the number of nodes and the path that is kept."""
+    found = []
+    for _ in range(draw(st.integers(1, 8))):
+        size = draw(st.integers(1, 9))
+        rows = draw(st.lists(st.integers(0, size - 1), unique=True, max_size=size))
+        found.append((size, sorted(rows)))
+    return found
+
+
+def dynamic_cache(*windows: int | None) -> DynamicCache:
+    """A cache with such layers; without any, one that makes its layers as they are needed."""
+    cache = DynamicCache()
+    cache.layers = [pair(window)[1] for window in windows]
+    if windows:
+        cache.layer_class_to_replicate = None
+    return cache
+
+
+layer_windows = st.lists(st.none() | windows, max_size=3)
+
+
+@quick
+@given(layer_windows, st.integers(0, 12), cycles(), st.integers(1, 4))
+def test_keeping_a_path_equals_gathering_by_hand(windows, before, passes, after):
+    cache = dynamic_cache(*windows)
+    windows = windows or [None, None]  # layers made on the way: two, all of full attention
+    layers = range(len(windows))
+    sequence = list(range(before))  # the reference: the tokens that were ever kept
+    if before:
+        for layer in layers:
+            cache.update(*states(before), layer)
+    borrowed = InPlaceCache(cache)
+    serial = before
+    for size, rows in passes:
+        assert borrowed.length == len(sequence)
+        stored = borrowed.stored_lengths()
+        for layer, window in zip(layers, windows):
+            keys, _ = cache.update(*states(size, serial), layer)
+            visible = sequence if window is None else sequence[-(window - 1) :]
+            assert keys[0, 0, :, 0].tolist() == [*visible, *range(serial, serial + size)]
+        borrowed.keep(stored, rows)
+        # What slid out of a window is gone for good, also if little of the pass was kept.
+        sequence += [serial + row for row in rows]
+        serial += size
+    borrowed.release()
+    kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
+    assert [type(layer) for layer in cache.layers] == kinds
+    assert cache.get_seq_length() == len(sequence)
+    for layer, window in zip(cache.layers, windows):
+        assert held(layer) == (sequence if window is None else sequence[-(window - 1) :])
+    # Transformers' own layers work on as if nothing had happened.
+    for layer, window in zip(layers, windows):
+        sizes = cache.get_mask_sizes(after, layer)[0]
+        keys, _ = cache.update(*states(after, serial), layer)
+        assert keys.shape[2] == sizes
+        visible = sequence if window is None else sequence[-(window - 1) :]
+        assert keys[0, 0, :, 0].tolist() == [*visible, *range(serial, serial + after)]
+
+
+def test_an_untouched_cache_is_given_back_as_it_was():
+    for windows in ((), (None, 4)):
+        cache = dynamic_cache(*windows)
+        before = {**vars(cache)}
+        layers = list(cache.layers)
+        InPlaceCache(cache).release()
+        assert cache.layers == layers
+        assert {**vars(cache), "layers": None} == {**before, "layers": None}
+        assert not any(layer.is_initialized for layer in cache.layers)
+
+
+def test_layers_without_states_of_their_own_stay_empty():
+    cache = dynamic_cache(None, None, 4)
+    borrowed = InPlaceCache(cache)
+    stored = borrowed.stored_lengths()
+    cache.update(*states(5), 0)  # the others share these states, as in some families
+    borrowed.keep(stored, [0, 2])
+    borrowed.release()
+    assert [held(layer) for layer in cache.layers] == [[0, 2], [], []]
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_copies_are_amortised(monkeypatch, window):
+    copied = []
+    original = module._Buffer._reallocate
+
+    def counted(self, like, extra):
+        copied.append(self.end - self.start)
+        original(self, like, extra)
+
+    monkeypatch.setattr(module._Buffer, "_reallocate", counted)
+    layer, _ = pair(window)
+    tokens = 5000
+    new = states(1)
+    for _ in range(tokens):
+        layer.update(*new)
+    assert layer.get_seq_length() == tokens
+    # Keys and values; doubling moves an entry at most twice on average.
+    assert sum(copied) <= 2 * 2 * tokens
+    if window is None:
+        assert len(copied) <= 2 * (1 + math.log2(tokens))
+    # Memory is proportional to what is held, however long the sequence.
+    capacity = layer._buffers[0].data.shape[2]
+    assert capacity <= 2 * (tokens if window is None else window) + module._INITIAL_SLACK
+
+
+def test_appending_does_not_move_what_is_there():
+    layer = GrowingLayer()
+    layer.update(*states(5))
+    where = layer.keys.data_ptr()
+    layer.update(*states(7, 5))
+    assert layer.keys.data_ptr() == where
+    assert held(layer) == list(range(12))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_a_model_continues_from_a_released_cache(family):
+    model = tiny_target(family)
+    ids = prompt(30)
+    with torch.no_grad():
+        expected = model(ids).logits[:, 21:]
+        cache = DynamicCache(config=model.config)
+        borrowed = InPlaceCache(cache)
+        model(ids[:, :13], past_key_values=cache)
+        stored = borrowed.stored_lengths()
+        model(ids[:, 13:25], past_key_values=cache)
+        borrowed.keep(stored, list(range(8)))
+        borrowed.release()
+        found = model(ids[:, 21:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dynamic_caches_are_taken():
+    check_cache(DynamicCache())
+    for family in ("llama", "mistral", "gemma3_text"):
+        check_cache(DynamicCache(config=tiny_target(family).config))
+
+
+def offloaded() -> DynamicCache:
+    cache = DynamicCache()
+    cache.offloading = True  # as DynamicCache(offloading=True), which wants an accelerator
+    return cache
+
+
+def with_odd_layer() -> DynamicCache:
+    class CompressedLayer(DynamicLayer):
+        pass
+
+    cache = dynamic_cache(None, None)
+    cache.layers[1] = CompressedLayer()
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: None, "NoneType"),
+        (lambda: ((torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)),), "tuple"),
+        (lambda: StaticCache(AutoConfig.for_model("llama"), max_cache_len=8), "StaticCache"),
+        (lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()), "EncoderDecoderCache"),
+        (offloaded, "offloaded"),
+        (with_odd_layer, "CompressedLayer"),
+    ],
+)
+def test_other_caches_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        check_cache(make())
