@@ -1,0 +1,92 @@
+"""What the examples share: models named on the command line, and a handful of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from taps_hf import EagleDrafter
+from taps_hf.embedded import load_embedded_target, load_embedded_tokenizer
+
+_HERE = Path(__file__).resolve().parent
+DRAFTERS = {
+    name: str(_HERE.parent / "hub_cards" / f"smollm2-135m-eagle2-{name}")
+    for name in ("math", "chat")
+}
+
+
+def argument_parser(description: str | None, max_new_tokens: int) -> argparse.ArgumentParser:
+    """A parser that knows `--target`, `--drafters` and `--max-new-tokens`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--target", help="folder or Hub name (default: the embedded SmolLM2-135M-Instruct)"
+    )
+    parser.add_argument(
+        "--drafters",
+        nargs="+",
+        metavar="NAME=PATH",
+        default=[f"{name}={path}" for name, path in DRAFTERS.items()],
+        help="folders or Hub names of drafters (default: math and chat, from hub_cards/)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    return parser
+
+
+def load_target(
+    name: str | None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A target and its tokenizer, by folder or Hub name; the embedded ones for None."""
+    logging.disable_progress_bar()
+    if name is None:
+        return load_embedded_target(dtype), load_embedded_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_drafters(named: list[str], dtype: torch.dtype = torch.float32) -> dict[str, EagleDrafter]:
+    """Drafters by name, in the target's dtype.
+
+    Raises:
+        ValueError: unless every entry of `named` is NAME=PATH, with distinct names.
+    """
+    paths = dict(entry.partition("=")[::2] for entry in named)
+    if len(paths) < len(named) or not all(name and path for name, path in paths.items()):
+        raise ValueError(f"`--drafters` is {named}, expected NAME=PATH with distinct names.")
+    return {
+        name: EagleDrafter.from_pretrained(path, dtype=dtype).eval() for name, path in paths.items()
+    }
+
+
+def prompts(kind: str) -> list[str]:
+    """Our own prompts of a kind: "math" or "chat"."""
+    lines = (_HERE / "prompts" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["turns"][0] for line in lines]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
+    """A user's prompt in the chat template: `input_ids` and `attention_mask`, (1, T) int64."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+
+def answer_tokens(inputs: Mapping[str, torch.Tensor], sequences: torch.Tensor) -> list[int]:
+    """The generated token ids, without the prompt's."""
+    return sequences[0, inputs["input_ids"].shape[1] :].tolist()
