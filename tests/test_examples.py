@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import _common
+import averaging
+import custom_strategy
+import pipeline
+import pytest
+import quickstart
+import streaming
+import torch
+
+from taps_hf import CycleOutcome
+
+from .saved import save_tiny_models
+
+REAL_DRAFTERS = [Path(path) / "model.safetensors" for path in _common.DRAFTERS.values()]
+
+
+@pytest.fixture(scope="module")
+def tiny_arguments(tmp_path_factory) -> list[str]:
+    return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def real_target():
+    if not all(file.exists() for file in REAL_DRAFTERS):
+        pytest.skip("hub_cards/ holds no drafters")
+    return _common.load_target(None)
+
+
+@pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.real)])
+def arguments(request, monkeypatch) -> list[str]:
+    """Command-line arguments; the real target is loaded once for all examples."""
+    if request.param == "tiny":
+        return [*request.getfixturevalue("tiny_arguments"), "--max-new-tokens", "12"]
+    model, tokenizer = request.getfixturevalue("real_target")
+
+    def load_target(name, dtype=torch.float32):
+        assert (name, dtype) == (None, torch.float32)
+        return copy.deepcopy(model), tokenizer  # the quickstart changes the model's dtype
+
+    for example in (averaging, custom_strategy, pipeline, quickstart, streaming):
+        monkeypatch.setattr(example, "load_target", load_target)
+    return ["--max-new-tokens", "16"]
+
+
+def target_of(arguments: list[str], example):
+    name = arguments[1] if arguments[0] == "--target" else None
+    return example.load_target(name)
+
+
+def test_quickstart(arguments, capsys):
+    assert quickstart.main(arguments) == 0
+    shown = capsys.readouterr().out
+    model, tokenizer = target_of(arguments, quickstart)
+    in_float32, in_bfloat16 = shown.split("=== bfloat16")
+    for kind in quickstart.KINDS:
+        for prompt in _common.prompts(kind):
+            assert f"[{kind}] {prompt}" in in_float32
+            inputs = _common.encode(tokenizer, prompt)
+            plain = model.generate(**inputs, do_sample=False, max_new_tokens=int(arguments[-1]))
+            answer = tokenizer.decode(
+                _common.answer_tokens(inputs, plain), skip_special_tokens=True
+            )
+            assert answer in re.sub(r"\[(?:math|chat|several):([^\]]*)\]", r"\1", in_float32)
+    assert in_float32.count("  equal to plain generate; tau ") == 6
+    assert len(re.findall(r"(equal to|DIFFERS from) ", in_bfloat16)) == 6
+    summary = shown.split("=== Summary")[1]
+    assert re.search(r"float32 +all +6/6 +\d\.\d\d ", summary)
+    assert re.search(r"bfloat16 +all +\d/6 +\d\.\d\d ", summary)
+
+
+def test_quickstart_fails_where_float32_differs(tiny_arguments, monkeypatch, capsys):
+    compare = quickstart.compare
+
+    def broken(*args):
+        found = compare(*args)
+        found.drafted[-1] = (found.drafted[-1] + 1) % 16
+        return found
+
+    monkeypatch.setattr(quickstart, "compare", broken)
+    assert quickstart.main([*tiny_arguments, "--max-new-tokens", "6"]) == 1
+    shown = capsys.readouterr()
+    assert "DIFFERS from token 6 on: after 't" in shown.out
+    assert "6 answers differ in float32" in shown.err
+
+
+def test_colours_and_their_absence(monkeypatch):
+    names = ("math", "chat")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ways = {quickstart.coloured("x", origin, names) for origin in [(0,), (1,), (0, 1), ()]}
+    assert len(ways) == 4
+    assert quickstart.coloured("x", (0,), names) == "\033[36mx\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert quickstart.coloured("x", (1,), names) == "[chat:x]"
+    assert quickstart.coloured("x", (0, 1), names) == "[several:x]"
+    assert quickstart.coloured("x", (), names) == "x"
+
+
+def test_pieces_of_characters_of_several_tokens():
+    class Bytes:
+        def decode(self, tokens, skip_special_tokens):
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    tokens = list("a\u20acb".encode())
+    assert list(quickstart.text_pieces(Bytes(), tokens)) == ["a", "", "", "\u20ac", "b"]
+    assert list(quickstart.text_pieces(Bytes(), tokens[:2])) == ["a", "\ufffd"]
+
+
+def test_streaming_prints_the_plain_answer(arguments, capsys):
+    assert streaming.main(arguments) == 0
+    shown = capsys.readouterr().out
+    model, tokenizer = target_of(arguments, streaming)
+    prompt = _common.prompts("chat")[0]
+    inputs = _common.encode(tokenizer, prompt)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=int(arguments[-1]))
+    answer = tokenizer.decode(_common.answer_tokens(inputs, plain), skip_special_tokens=True)
+    assert shown.startswith(f"> {prompt}\n\n{answer}\n")
+    assert re.search(r"\(\d+ tokens in \d+ passes .*: tau \d\.\d\d\)", shown)
+
+
+def test_pipeline_answers_as_without_drafters(arguments, capsys):
+    assert pipeline.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("> ") == 2
+    assert "Without drafters" not in shown.err
+
+
+def test_custom_strategy_gives_the_plain_answer(arguments, capsys):
+    assert custom_strategy.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.endswith("equal to plain generate") for line in lines)
+    for line in lines[::2]:
+        assert re.search(r": merged .* drafted math (\d+), chat \1;", line)
+
+
+def test_staying_with_the_drafter_accepted_most():
+    stay = custom_strategy.Stay()
+    accepted = CycleOutcome((0, 1), accepted=((0, 1), (1,)))
+    assert stay.drafters_to_run(2, []) == (0, 1)
+    assert stay.drafters_to_run(2, [accepted]) == (1,)
+    assert stay.drafters_to_run(2, [accepted, CycleOutcome((1,), accepted=())]) == (0, 1)
+    assert stay.drafters_to_run(2, [CycleOutcome((0, 1), accepted=((0, 1),))]) == (0,)
+
+
+def test_averaging_compares_tau(arguments, capsys):
+    assert averaging.main(arguments) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["tau", "math", "chat"]
+    taus = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines}
+    assert list(taus) == ["math", "chat", "average", "merged"]
+    assert all(1 <= value <= 13 for values in taus.values() for value in values)
+
+
+def test_drafters_are_named_once():
+    with pytest.raises(ValueError, match="expected NAME=PATH with distinct names"):
+        _common.load_drafters(["a=x", "a=y"])
+    with pytest.raises(ValueError, match="expected NAME=PATH"):
+        _common.load_drafters(["x"])
