@@ -1,0 +1,367 @@
+"""Times generation with drafters against plain `generate` in the same run, prompt by prompt.
+
+    python benchmarks/decode.py --prompts gsm8k.jsonl:20 mt_bench.jsonl:20 --out results.json
+
+What is measured, and how: README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from prompts import Prompt, read_prompts
+from results import Results, Row, markdown
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import taps_hf
+from taps_hf import Confidence, DynamicTree, EagleDrafter, Merged, Single, Strategy
+from taps_hf.embedded import load_embedded_target, load_embedded_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = [str(ROOT / "examples" / "prompts" / f"{kind}.jsonl") for kind in ("math", "chat")]
+DRAFTERS = [
+    f"{name}={ROOT / 'hub_cards' / f'smollm2-135m-eagle2-{name}'}" for name in ("math", "chat")
+]
+STRATEGIES = (
+    "single",
+    "confidence",
+    "confidence-per-prompt",
+    "merged",
+    "merged-equal-budget",
+    "concatenated",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to decode: a strategy with a tree."""
+
+    name: str
+    strategy: Strategy
+    tree: DynamicTree
+
+
+def variants(
+    drafters: Sequence[str],
+    trees: Sequence[tuple[int, int, int]],
+    strategies: Sequence[str] = STRATEGIES,
+) -> list[Variant]:
+    """Every strategy with every tree; of one drafter only `single`.
+
+    Args:
+        drafters: their names, in the order in which `generate` gets them.
+        trees: (depth, top_k, num_nodes) of each drafter's tree.
+        strategies: some of `STRATEGIES`. "merged" verifies the union of all trees, up to num_nodes
+            for each drafter; "merged-equal-budget" the num_nodes best of it.
+    """
+    found = []
+    for depth, top_k, num_nodes in trees:
+        tree = DynamicTree(depth, top_k, num_nodes)
+        ways: dict[str, Strategy] = {}
+        if "single" in strategies:
+            ways |= {f"single {name}": Single(i) for i, name in enumerate(drafters)}
+        several: dict[str, Strategy] = {
+            "confidence": Confidence(),
+            "confidence-per-prompt": Confidence(per="prompt"),
+            "merged": Merged(),
+            "merged-equal-budget": Merged(num_nodes=num_nodes),
+            "concatenated": Merged(packing="concatenate"),
+        }
+        if len(drafters) > 1:
+            ways |= {name: way for name, way in several.items() if name in strategies}
+        found += [
+            Variant(f"{name} {depth},{top_k},{num_nodes}", s, tree) for name, s in ways.items()
+        ]
+    return found
+
+
+def measure(
+    model: PreTrainedModel,
+    drafters: Mapping[str, EagleDrafter],
+    pending: Sequence[Variant],
+    prompt: Prompt,
+    input_ids: torch.Tensor,
+    generate: Mapping[str, Any],
+    rotation: int = 0,
+    seed: int = 0,
+) -> list[Row]:
+    """Answer one prompt by plain `generate` and by every variant.
+
+    Args:
+        model: the target.
+        drafters: by name.
+        pending: the variants to measure.
+        prompt: what `input_ids`, (1, T) int64 on the target's device, stand for.
+        input_ids: the prompt's tokens.
+        generate: arguments that all calls share.
+        rotation: how far the order (plain, then the variants) is rotated.
+        seed: of the random numbers, before every call.
+
+    Returns:
+        one row a variant, in the order of `pending`.
+    """
+    order: list[Variant | None] = [None, *pending]
+    shift = rotation % len(order)
+    outputs, seconds = {}, {}
+    for variant in order[shift:] + order[:shift]:
+        speculate = {}
+        if variant is not None:
+            speculate = {
+                "assistant_models": drafters,
+                "strategy": variant.strategy,
+                "tree": variant.tree,
+            }
+        torch.manual_seed(seed)
+        start = _now(model.device)
+        outputs[variant] = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            return_dict_in_generate=True,
+            **generate,
+            **speculate,
+        )
+        seconds[variant] = _now(model.device) - start
+
+    length = input_ids.shape[1]
+    answers = {variant: out.sequences[0, length:].tolist() for variant, out in outputs.items()}
+    rows = []
+    for variant in pending:
+        trace = outputs[variant].draft_trace
+        rows.append(
+            Row(
+                prompt=prompt.key,
+                group=prompt.group,
+                variant=variant.name,
+                tokens=len(answers[variant]),
+                seconds=seconds[variant],
+                plain_tokens=len(answers[None]),
+                plain_seconds=seconds[None],
+                cycles=len(trace.cycles),
+                accepted=sum(cycle.accepted_length for cycle in trace.cycles),
+                nodes=sum(cycle.num_nodes for cycle in trace.cycles),
+                **{f"seconds_{p}": trace.seconds[p] for p in ("draft", "target", "rest")},
+                differs_at=first_difference(answers[None], answers[variant]),
+            )
+        )
+    return rows
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first token in which two answers differ; None if they are equal."""
+    return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
+
+
+def run(
+    model: PreTrainedModel,
+    drafters: Mapping[str, EagleDrafter],
+    ways: Sequence[Variant],
+    prompts: Sequence[Prompt],
+    encode: Callable[[str], torch.Tensor],
+    generate: Mapping[str, Any],
+    results: Results,
+    seed: int = 0,
+) -> None:
+    """Measure what `results` lacks, and keep it there prompt by prompt.
+
+    Args:
+        model: the target.
+        drafters: by name.
+        ways: the variants.
+        prompts: in the order in which they are asked.
+        encode: the (1, T) int64 tokens of a text, on the target's device.
+        generate: arguments that all calls share.
+        results: where rows go.
+        seed: of the first prompt's random numbers; later prompts count on from it.
+    """
+    warm = False
+    for i, prompt in enumerate(prompts):
+        pending = [way for way in ways if not results.has(prompt.key, way.name)]
+        if not pending:
+            continue
+        input_ids = encode(prompt.text)
+        if not warm:  # first passes cost more than later ones
+            measure(model, drafters, pending, prompt, input_ids, {**generate, "max_new_tokens": 4})
+            warm = True
+        rows = measure(model, drafters, pending, prompt, input_ids, generate, i, seed + i)
+        results.add(rows)
+        best = max(rows, key=lambda row: row.ratio)
+        print(
+            f"[{i + 1}/{len(prompts)}] {prompt.key}: plain {rows[0].plain_tokens} tokens in "
+            f"{rows[0].plain_seconds:.1f} s; best {best.variant}, {best.ratio:.2f} x plain",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns 1 if an answer differed from plain's in float32, else 0."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(argv)
+    prompts = [prompt for spec in options.prompts for prompt in read_prompts(spec)]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, tokenizer = _load_target(options)
+    dtype = model.dtype
+    paths = dict(entry.partition("=")[::2] for entry in options.drafters)
+    drafters = {
+        name: EagleDrafter.from_pretrained(path, dtype=dtype).to(model.device).eval()
+        for name, path in paths.items()
+    }
+
+    def encode(text: str) -> torch.Tensor:
+        messages = [{"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return encoded["input_ids"].to(model.device)
+
+    generate: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    if options.temperature:
+        generate |= {"do_sample": True, "temperature": options.temperature, "top_k": 0}
+    settings = _settings(options, model, drafters)
+    results = Results(options.out, settings)
+    ways = variants(list(drafters), options.trees, options.strategies)
+    run(model, drafters, ways, prompts, encode, generate, results, options.seed)
+
+    keys, names = {prompt.key for prompt in prompts}, {way.name for way in ways}
+    rows = [row for row in results.rows if row.prompt in keys and row.variant in names]
+    differing = sum(row.differs_at is not None for row in rows)
+    print(f"{_heading(settings)}  \n`{_command(argv)}`\n\n{markdown(rows)}")
+    print(
+        f"\n{differing} of {len(rows)} answers differ from plain generate's ({settings['dtype']})."
+    )
+    return int(differing > 0 and dtype == torch.float32)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        default=PROMPTS,
+        metavar="FILE[:COUNT]",
+        help="JSON lines with `turns` or `instruction` (default: the examples' own)",
+    )
+    parser.add_argument("--target", help="folder or Hub name (default: the embedded one)")
+    parser.add_argument("--drafters", nargs="+", default=DRAFTERS, metavar="NAME=PATH")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument(
+        "--trees",
+        nargs="+",
+        type=_tree,
+        default=[(3, 8, 8), (5, 8, 24)],
+        metavar="DEPTH,TOP_K,NUM_NODES",
+        help="of each drafter's tree (default: 3,8,8 5,8,24)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="file of results to write or to go on with")
+    options = parser.parse_args(argv)
+    names = [entry.partition("=")[0] for entry in options.drafters]
+    if not all("=" in entry for entry in options.drafters) or len({*names}) < len(names):
+        parser.error(f"--drafters {options.drafters}: expected NAME=PATH with distinct names")
+    return options
+
+
+def _tree(text: str) -> tuple[int, int, int]:
+    """For argparse, which says what was wrong with which argument."""
+    if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not DEPTH,TOP_K,NUM_NODES, all positive")
+    depth, top_k, num_nodes = map(int, text.split(","))
+    return depth, top_k, num_nodes
+
+
+def _load_target(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    dtype = getattr(torch, options.dtype)
+    transformers.utils.logging.disable_progress_bar()
+    if options.target is None:
+        return load_embedded_target(dtype).to(options.device), load_embedded_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype)
+    return model.to(options.device).eval(), AutoTokenizer.from_pretrained(options.target)
+
+
+def _settings(
+    options: argparse.Namespace, model: PreTrainedModel, drafters: Mapping[str, EagleDrafter]
+) -> dict[str, Any]:
+    """What rows must have in common to be compared."""
+    name = str(model.config.name_or_path)
+    return {
+        "target": Path(name).name if os.path.isdir(name) else name,
+        "drafters": {name: _fingerprint(drafter) for name, drafter in drafters.items()},
+        "dtype": options.dtype,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+        "hardware": _hardware(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "taps_hf": taps_hf.__version__,
+    }
+
+
+def _fingerprint(drafter: EagleDrafter) -> str:
+    """12 hexadecimal digits that change with the drafter's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(drafter.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        model = found[1].strip() if found else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _heading(settings: Mapping[str, Any]) -> str:
+    temperature = settings["temperature"]
+    return (
+        f"{settings['target']}, {settings['dtype']}, "
+        f"{f'temperature {temperature}' if temperature else 'greedy'}, "
+        f"at most {settings['max_new_tokens']} tokens; {settings['hardware']}, "
+        f"{settings['threads']} threads; torch {settings['torch']}, transformers "
+        f"{settings['transformers']}, taps-hf {settings['taps_hf']}"
+    )
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command line; of paths that lead out of the working folder only the last part."""
+    shown = [re.sub(r"(^|=)(/|\.\./)\S*/", r"\1", argument) for argument in argv]
+    return shlex.join(["python", "benchmarks/decode.py", *shown])
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, after what the device still had to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

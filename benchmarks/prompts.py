@@ -1,0 +1,70 @@
+"""Prompts from files of JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question.
+
+    Args:
+        group: the file it is from, without its ending; figures are reported by group.
+        line: its line there, from 1.
+        text: what the user says.
+    """
+
+    group: str
+    line: int
+    text: str
+
+    @property
+    def key(self) -> str:
+        """Names the prompt in a file of results; another text has another key."""
+        digest = hashlib.sha256(self.text.encode()).hexdigest()[:8]
+        return f"{self.group}:{self.line}:{digest}"
+
+
+def read_prompts(spec: str) -> list[Prompt]:
+    """The prompts that `FILE` or `FILE:COUNT` stands for; COUNT are spread evenly over the file.
+
+    Raises:
+        ValueError: for a count that the file cannot give, and, naming file and line, for rows that
+            are no prompts.
+        FileNotFoundError: if there is no such file.
+    """
+    name, colon, count = spec.rpartition(":")
+    if not (colon and count.isdigit()):
+        name, count = spec, ""
+    file = Path(name)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = [
+        Prompt(file.stem, number, _question(line, f"{file.name}, line {number}"))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    wanted = int(count) if count else len(found)
+    if not 0 < wanted <= len(found):
+        raise ValueError(f"{wanted} prompts were asked of {file.name}, which has {len(found)}.")
+    return [found[i * len(found) // wanted] for i in range(wanted)]
+
+
+def _question(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from None
+    question = None
+    if isinstance(row, dict):
+        turns = row.get("turns")
+        question = turns[0] if isinstance(turns, list) and turns else row.get("instruction")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(
+            f"{where}: expected an object with a non-empty list `turns` of texts, or a text "
+            "`instruction`."
+        )
+    return question

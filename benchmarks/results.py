@@ -1,0 +1,175 @@
+"""Measurements: one row a prompt and variant, their file, and the figures made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt answered by one variant, and by plain `generate` shortly before or after.
+
+    Args:
+        prompt: the prompt's key.
+        group: the set of prompts it belongs to.
+        variant: strategy and tree.
+        tokens: emitted; `seconds` is what they took in all, the prompt's pass included.
+        plain_tokens: the same for plain `generate`, in `plain_seconds`.
+        cycles: passes of the target after the prompt's.
+        accepted: draft tokens accepted, over all cycles.
+        nodes: tree nodes verified, over all cycles, roots not counted.
+        seconds_draft: of all cycles; `seconds_target` and `seconds_rest` likewise.
+        differs_at: index of the first token that is not plain's; None if the answers are equal.
+    """
+
+    prompt: str
+    group: str
+    variant: str
+    tokens: int
+    seconds: float
+    plain_tokens: int
+    plain_seconds: float
+    cycles: int
+    accepted: int
+    nodes: int
+    seconds_draft: float
+    seconds_target: float
+    seconds_rest: float
+    differs_at: int | None
+
+    @property
+    def ratio(self) -> float:
+        """Tokens per second, as a multiple of plain generate's."""
+        return (self.tokens / self.seconds) / (self.plain_tokens / self.plain_seconds)
+
+
+class Results:
+    """Rows measured under one group of settings, kept in a file if one is given.
+
+    Args:
+        file: where to keep them; rows that are there already are taken over.
+        settings: what all rows have in common (JSON values).
+
+    Raises:
+        ValueError: if the file was written under other settings, or is no file of results.
+    """
+
+    def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
+        self.file = file
+        self.settings = settings
+        self.rows: list[Row] = []
+        if file is None or not file.exists():
+            return
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            found = kept["settings"]
+            self.rows = [Row(**row) for row in kept["rows"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no file of results: {error!r}.") from None
+        for name in sorted({*found, *settings}):
+            if found.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{file} was measured with {name} {found.get(name)!r}, this is "
+                    f"{settings.get(name)!r}; expected the same, or another `--out`."
+                )
+
+    def has(self, prompt: str, variant: str) -> bool:
+        """Whether this has been measured."""
+        return any((row.prompt, row.variant) == (prompt, variant) for row in self.rows)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take rows in, and write the file so that it is never seen half written."""
+        self.rows += rows
+        if self.file is None:
+            return
+        content = {"settings": self.settings, "rows": [asdict(row) for row in self.rows]}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_name(self.file.name + ".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.file)
+
+
+def median_interval(
+    values: Sequence[float], level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float]:
+    """Bootstrap interval of the median: percentiles over resamples, the same at every call."""
+    rng = random.Random(0)
+    medians = sorted(
+        statistics.median(rng.choices(values, k=len(values))) for _ in range(resamples)
+    )
+    tail = (1 - level) / 2
+    return medians[int(tail * resamples)], medians[int((1 - tail) * resamples) - 1]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What some rows of one variant come to.
+
+    Args:
+        ratio: median over prompts of the ratio to plain generate; `interval` of that median.
+        tau: tokens emitted per target pass, over all cycles.
+        accepted: draft tokens accepted per cycle.
+        nodes: nodes verified per cycle.
+        draft: share of the cycles' time, 0 to 1; `target` and `rest` likewise.
+        differing: answers that are not plain's.
+    """
+
+    ratio: float
+    interval: tuple[float, float]
+    tau: float
+    accepted: float
+    nodes: float
+    draft: float
+    target: float
+    rest: float
+    differing: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Figures:
+        cycles = sum(row.cycles for row in rows)
+        ratios = [row.ratio for row in rows]
+        phases = [
+            sum(getattr(row, f"seconds_{phase}") for row in rows)
+            for phase in ("draft", "target", "rest")
+        ]
+        return cls(
+            statistics.median(ratios),
+            median_interval(ratios),
+            sum(row.tokens for row in rows) / cycles,
+            sum(row.accepted for row in rows) / cycles,
+            sum(row.nodes for row in rows) / cycles,
+            *(seconds / sum(phases) for seconds in phases),
+            differing=sum(row.differs_at is not None for row in rows),
+        )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table for each group of prompts, variants in the order of their first rows."""
+    tables = []
+    for group in dict.fromkeys(row.group for row in rows):
+        of_group = [row for row in rows if row.group == group]
+        count = len({row.prompt for row in of_group})
+        plain = statistics.median(row.plain_tokens / row.plain_seconds for row in of_group)
+        lines = [
+            f"**{group}**, {count} prompts; plain: {plain:.1f} tokens/s (median)",
+            "",
+            "| variant | x plain [95 %] | tau | accepted | nodes | draft/target/rest | differ |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for variant in dict.fromkeys(row.variant for row in of_group):
+            found = [row for row in of_group if row.variant == variant]
+            f = Figures.of(found)
+            lines.append(
+                f"| {variant} | {f.ratio:.2f} [{f.interval[0]:.2f}, {f.interval[1]:.2f}] "
+                f"| {f.tau:.2f} | {f.accepted:.2f} | {f.nodes:.1f} "
+                f"| {f.draft:.0%}/{f.target:.0%}/{f.rest:.0%} | {f.differing}/{len(found)} |"
+            )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)

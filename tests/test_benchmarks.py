@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import statistics
+
+import decode
+import pytest
+import torch
+from prompts import Prompt, read_prompts
+from results import Figures, Results, Row, markdown, median_interval
+
+from .saved import save_tiny_models
+from .tiny import prompt, tiny_drafters, tiny_target
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[str]:
+    return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [{"turns": [f"t5 t{i}", "later"]} for i in range(2)] + [{"instruction": "t6"}]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def row(**changed) -> Row:
+    fields = {
+        "prompt": "g:1:0",
+        "group": "g",
+        "variant": "merged 3,8,8",
+        "tokens": 30,
+        "seconds": 1.0,
+        "plain_tokens": 30,
+        "plain_seconds": 1.5,
+        "cycles": 10,
+        "accepted": 20,
+        "nodes": 80,
+        "seconds_draft": 0.2,
+        "seconds_target": 0.7,
+        "seconds_rest": 0.1,
+        "differs_at": None,
+    }
+    return Row(**{**fields, **changed})
+
+
+def test_figures_from_known_rows():
+    rows = [
+        row(),
+        row(tokens=10, seconds=0.5, plain_seconds=3.0, accepted=0, nodes=40, differs_at=4),
+        row(plain_seconds=1.0, seconds_draft=0.6, seconds_target=0.3),
+    ]
+    # Tokens per second against plain's: 30 / 20; 20 / 10; 30 / 30.
+    assert [r.ratio for r in rows] == pytest.approx([1.5, 2.0, 1.0])
+    figures = Figures.of(rows)
+    assert figures.ratio == pytest.approx(1.5)
+    assert 1.0 <= figures.interval[0] <= 1.5 <= figures.interval[1] <= 2.0
+    assert figures.tau == pytest.approx(70 / 30)
+    assert figures.accepted == pytest.approx(40 / 30)
+    assert figures.nodes == pytest.approx(200 / 30)
+    shares = (figures.draft, figures.target, figures.rest)
+    assert shares == pytest.approx((1.0 / 3, 1.7 / 3, 0.3 / 3))
+    assert figures.differing == 1
+    assert "| merged 3,8,8 | 1.50 [" in markdown(rows)
+    assert "| 33%/57%/10% | 1/3 |" in markdown(rows)
+
+
+def test_interval_of_a_median_narrows_and_repeats():
+    few, many = list(range(10)), [i / 10 for i in range(100)]
+    assert median_interval(few) == median_interval(few)
+    (low, high), (lower, upper) = median_interval(few), median_interval(many)
+    assert low < statistics.median(few) < high
+    assert upper - lower < high - low
+    assert median_interval([2.0]) == (2.0, 2.0)
+
+
+def test_variants():
+    ways = decode.variants(["math", "chat"], [(3, 8, 8), (5, 8, 24)])
+    assert [way.name for way in ways][:7] == [
+        "single math 3,8,8",
+        "single chat 3,8,8",
+        "confidence 3,8,8",
+        "confidence-per-prompt 3,8,8",
+        "merged 3,8,8",
+        "merged-equal-budget 3,8,8",
+        "concatenated 3,8,8",
+    ]
+    assert len(ways) == 14
+    assert ways[12].strategy.num_nodes == 24
+    assert [way.name for way in decode.variants(["only"], [(2, 4, 4)])] == ["single only 2,4,4"]
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_measured_rows_match_the_generations(temperature):
+    drafters = dict(zip(("math", "chat"), tiny_drafters()))
+    ways = decode.variants(list(drafters), [(3, 4, 8)])
+    generate = {"max_new_tokens": 12, "do_sample": temperature is not None}
+    if temperature:
+        generate["temperature"] = temperature
+    for rotation in (0, 3):
+        rows = decode.measure(
+            tiny_target(), drafters, ways, Prompt("g", 1, "x"), prompt(), generate, rotation, seed=5
+        )
+        assert [r.variant for r in rows] == [way.name for way in ways]
+        for r in rows:
+            assert r.differs_at is None
+            assert r.tokens == r.plain_tokens == 12
+            assert r.seconds > r.seconds_draft + r.seconds_target + r.seconds_rest > 0
+            assert r.tokens - r.cycles <= r.accepted <= r.tokens
+        assert len({r.plain_seconds for r in rows}) == 1
+    nodes = {r.variant: r.nodes / r.cycles for r in rows}
+    assert nodes["merged-equal-budget 3,4,8"] <= 8 < nodes["concatenated 3,4,8"]
+
+
+def test_main_writes_a_table_and_resumes(models, questions, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out" / "results.json"
+    command = [*models, "--max-new-tokens", "6", "--trees", "2,4,4", "--out", str(out)]
+    first = ["--strategies", "single", "merged", "--prompts", f"{questions}:2"]
+    assert decode.main([*command, *first]) == 0
+    table = capsys.readouterr().out
+    assert "**questions**, 2 prompts" in table
+    assert "| single math 2,4,4 |" in table
+    assert "0 of 6 answers differ" in table
+    assert str(tmp_path) not in table  # commands are shown without this machine's folders
+    before = json.loads(out.read_text())["rows"]
+    assert len(before) == 6
+
+    calls = []
+    measure = decode.measure
+    monkeypatch.setattr(
+        decode, "measure", lambda *a, **k: calls.append((a[3].line, len(a[2]))) or measure(*a, **k)
+    )
+    # One more prompt and one more strategy: only what is new is measured.
+    more = ["--strategies", "single", "merged", "concatenated", "--prompts", str(questions)]
+    assert decode.main([*command, *more]) == 0
+    assert calls[1:] == [(1, 1), (2, 1), (3, 4)]  # the first is the warm-up
+    after = json.loads(out.read_text())["rows"]
+    assert after[:6] == before
+    assert len(after) == 12
+    calls.clear()
+    assert decode.main([*command, *more]) == 0
+    assert not calls
+    assert json.loads(out.read_text())["rows"] == after
+
+    with pytest.raises(ValueError, match="was measured with max_new_tokens 6, this is 7"):
+        decode.main([*command, *more, "--max-new-tokens", "7"])
+
+
+def test_main_fails_where_float32_differs(models, questions, monkeypatch, capsys):
+    monkeypatch.setattr(decode, "first_difference", lambda a, b: 3)
+    command = [*models, "--max-new-tokens", "4", "--trees", "2,4,4", "--strategies", "single"]
+    assert decode.main([*command, "--prompts", str(questions)]) == 1
+    assert "6 of 6 answers differ" in capsys.readouterr().out
+
+
+def test_first_difference():
+    assert decode.first_difference([1, 2], [1, 2]) is None
+    assert decode.first_difference([1, 2], [1, 3]) == 1
+    assert decode.first_difference([1, 2], [1, 2, 3]) == 2
+
+
+def test_prompts_are_spread_over_the_file(questions):
+    assert [p.text for p in read_prompts(str(questions))] == ["t5 t0", "t5 t1", "t6"]
+    assert [p.line for p in read_prompts(f"{questions}:2")] == [1, 2]
+    assert read_prompts(f"{questions}:1")[0].key.startswith("questions:1:")
+    with pytest.raises(ValueError, match=r"4 prompts were asked of questions\.jsonl, which has 3"):
+        read_prompts(f"{questions}:4")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("not json", "not JSON"),
+        ("[1]", "expected an object"),
+        ('{"turns": []}', "expected an object"),
+        ('{"turns": [3]}', "expected an object"),
+        ('{"instruction": " "}', "expected an object"),
+    ],
+)
+def test_bad_prompts_are_refused_by_file_and_line(questions, bad, message):
+    questions.write_text(questions.read_text() + bad + "\n")
+    with pytest.raises(ValueError, match=rf"questions\.jsonl, line 4: {message}"):
+        read_prompts(str(questions))
+
+
+def test_other_files_are_no_results(tmp_path):
+    file = tmp_path / "results.json"
+    for content in ("{", "[]", '{"settings": {}, "rows": [{"prompt": 1}]}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="is no file of results"):
+            Results(file, {})
+
+
+def test_results_are_never_half_written(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    results = Results(file, {"dtype": "float32"})
+    results.add([row()])
+    written = file.read_text()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("results.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        results.add([row(prompt="g:2:0")])
+    assert file.read_text() == written
+    assert Results(file, {"dtype": "float32"}).rows == [row()]
+
+
+def test_fingerprints_follow_the_weights():
+    one, other = tiny_drafters()
+    assert decode._fingerprint(one) == decode._fingerprint(one)
+    assert decode._fingerprint(one) != decode._fingerprint(other)
+    assert decode._fingerprint(one.__class__(one.config).to(torch.bfloat16)) != decode._fingerprint(
+        one
+    )
+
+
+def test_commands_hide_folders_outside():
+    shown = decode._command(["--prompts", "../data/a.jsonl:3", "--drafters", "m=/x/y", "n=here/z"])
+    assert shown == ("python benchmarks/decode.py --prompts a.jsonl:3 --drafters m=y n=here/z")
