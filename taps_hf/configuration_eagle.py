@@ -7,6 +7,7 @@ so that the drafter's decoder layer is built from that family's transformers mod
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -136,7 +137,7 @@ class EagleDrafterConfig(PretrainedConfig):
 
     def build_layer_config(self) -> PretrainedConfig:
         """The transformers configuration of the drafter's one-layer trunk."""
-        fields = dict(self.layer_config)
+        fields = copy.deepcopy(self.layer_config)  # some families change nested fields in place
         try:
             model_type = fields.pop("model_type")
         except KeyError:

@@ -81,7 +81,9 @@ class EagleDrafter(PreTrainedModel):
         if draft_token_ids is not None:
             config_kwargs["draft_vocab_size"] = len(draft_token_ids)
         config = EagleDrafterConfig.from_target(target.config, **config_kwargs)
-        drafter = cls(config)
+        # Not cls(config).to(dtype): that would round the rotary frequencies too, and a checkpoint
+        # loads with exact ones.
+        drafter = cls._from_config(config, dtype=target.dtype)
         if draft_token_ids is not None:
             ids = draft_token_ids.unique()
             if len(ids) != len(draft_token_ids) or ids[0] < 0 or ids[-1] >= config.vocab_size:
@@ -91,7 +93,7 @@ class EagleDrafter(PreTrainedModel):
                     f"below {config.vocab_size}."
                 )
             drafter.draft_token_ids.copy_(ids)
-        return drafter.to(device=target.device, dtype=target.dtype)
+        return drafter.to(target.device)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +106,7 @@ class EagleDrafter(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` is False, but drafters load from safetensors only.")
         kwargs["use_safetensors"] = True
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, like other misfits
         wants_info = kwargs.pop("output_loading_info", False)
         drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = {k: sorted(map(str, info[k])) for k in info if k.endswith("_keys") and info[k]}
