@@ -40,7 +40,7 @@ def average_drafters(
         raise ValueError(f"{len(drafters)} drafters were given to average, expected at least 2.")
     if weights is None:
         weights = [1 / len(drafters)] * len(drafters)
-    if len(weights) != len(drafters) or abs(sum(weights) - 1) > 1e-6:
+    if len(weights) != len(drafters) or not abs(sum(weights) - 1) <= 1e-6:  # NaN is refused too
         raise ValueError(
             f"`weights` is {list(weights)}, expected {len(drafters)} numbers that sum to 1."
         )
@@ -65,6 +65,7 @@ def average_drafters(
             parameter.copy_(torch.stack(parts).sum(dim=0))
     data = [f"{w:g} x ({'; '.join(d.config.training_data)})" for w, d in zip(weights, drafters)]
     average.config.training_data = data
+    average.name_or_path = average.config.name_or_path = ""  # it is not the first drafter's
     return average
 
 
