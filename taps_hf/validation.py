@@ -120,7 +120,7 @@ def check_target(model: PreTrainedModel) -> None:
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError(
-            f"The target ({kind}) attends in both directions, expected a causal model."
+            f"The target ({kind}) attends both ways, expected a causal model."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(

@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict] = {
     "qwen2": {},
     "qwen3": {},
     "gemma3_text": {
+        "initializer_range": 0.1,
         "sliding_window": 10,
         "num_hidden_layers": 3,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],

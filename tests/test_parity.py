@@ -1,0 +1,275 @@
+"""Contract 1: in float32 the output is what plain `generate` gives, greedy or seeded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+import taps_hf
+from tests.tiny import FAMILIES, VOCAB, prompt, tiny_drafters, tiny_target
+
+STRATEGIES = [
+    "single",
+    "confidence",
+    "entropy",
+    "merged",
+    taps_hf.Single(1),
+    taps_hf.Confidence(per="prompt"),
+    taps_hf.Entropy(per="prompt"),
+    taps_hf.Merged(num_nodes=12),
+    taps_hf.Merged(packing="concatenate"),
+    taps_hf.Merged(num_nodes=12, packing="concatenate"),
+]
+TREES = [
+    taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30),
+    taps_hf.DynamicTree(depth=1, top_k=3, num_nodes=3),
+    taps_hf.DynamicTree(depth=6, top_k=2, num_nodes=40),
+    taps_hf.ChainTree(4),
+    taps_hf.FixedTree.from_branching([4, 3, 1]),
+    taps_hf.FixedTree([(0,), (1,), (2,), (0, 0), (2, 0), (2, 1), (2, 1, 0)]),
+]
+WIDE = TREES[0]
+
+
+class PenaliseRecent(LogitsProcessor):
+    """A processor of a user's own, with a state that counts calls: one a token, in order."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.lengths.append(input_ids.shape[1])
+        scores = scores.clone()
+        scores[:, input_ids[0, -3:]] -= 2.0
+        return scores
+
+
+PROCESSING = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[3], [5, 7]]},
+    {"suppress_tokens": [1, 2], "begin_suppress_tokens": [4]},
+    {"forced_bos_token_id": 3, "forced_eos_token_id": 5},
+    {"min_new_tokens": 12, "eos_token_id": [2, 3]},
+    {"eos_token_id": list(range(0, VOCAB, 5))},
+    {"sequence_bias": {(4,): 1.5, (6, 7): -3.0}},
+    {"exponential_decay_length_penalty": (5, 1.5), "eos_token_id": 3},
+    {"encoder_repetition_penalty": 1.2},
+    {"guidance_scale": 1.5},
+]
+WARPING = [
+    {},
+    {"temperature": 0.7, "top_k": 0},
+    {"temperature": 1.5, "top_p": 0.8},
+    {"top_k": 3},
+    {"min_p": 0.1},
+    {"typical_p": 0.8},
+    {"epsilon_cutoff": 0.05},
+    {"eta_cutoff": 0.05},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "top_p": 0.9},
+    {"eos_token_id": [1, 9]},
+]
+
+
+def both(family: str, inputs: torch.Tensor, seed: int | None = None, drafters=None, **kwargs):
+    """(plain, speculative) outputs of one call; `ours` are the arguments plain does not know."""
+    target = tiny_target(family, attention=kwargs.pop("attention", "sdpa"))
+    ours = {
+        "assistant_models": drafters or tiny_drafters(2, family),
+        "strategy": kwargs.pop("strategy", "merged"),
+        "tree": kwargs.pop("tree", WIDE),
+    }
+    kwargs.setdefault("max_new_tokens", 24)
+    kwargs.setdefault("do_sample", seed is not None)
+    kwargs = {"top_k": 0, **kwargs} if seed is not None else kwargs
+    outputs = []
+    for extra in ({}, ours):
+        if seed is not None:
+            torch.manual_seed(seed)
+        outputs.append(target.generate(inputs, **kwargs, **extra))
+    if seed is not None:  # the same random numbers were drawn: the next ones agree as well
+        after = torch.rand(3)
+        torch.manual_seed(seed)
+        target.generate(inputs, **kwargs)
+        assert torch.equal(after, torch.rand(3))
+    return outputs
+
+
+def assert_accepted(trace: taps_hf.DraftTrace) -> None:
+    """Parity is worth little if nothing is ever accepted."""
+    assert trace.accepted_length > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_strategies(family: str, strategy, seed: int | None):
+    plain, ours = both(family, prompt(), seed, strategy=strategy)
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_trees(family: str, tree):
+    for seed in (None, 3):
+        plain, ours = both(family, prompt(5, seed=1), seed, tree=tree)
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("processing", PROCESSING, ids=str)
+def test_processors_greedy(processing: dict):
+    plain, ours = both("llama", prompt(), **processing)
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("warping", WARPING, ids=str)
+def test_warpers_sampled(warping: dict):
+    for seed in range(3):
+        plain, ours = both("llama", prompt(), seed, **warping)
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_attention(family: str):
+    # Gemma 3 and sliding windows included: additive masks instead of boolean ones.
+    plain, ours = both(family, prompt(11), attention="eager", max_new_tokens=30)
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_something_is_accepted(family: str):
+    output = tiny_target(family).generate(
+        prompt(),
+        max_new_tokens=40,
+        do_sample=True,
+        assistant_models=tiny_drafters(2, family),
+        tree=WIDE,
+        return_dict_in_generate=True,
+    )
+    assert_accepted(output.draft_trace)
+
+
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    length=st.integers(1, 40),
+    seed=st.none() | st.integers(0, 2**20),
+    strategy=st.sampled_from(STRATEGIES),
+    tree=st.sampled_from(TREES),
+    warping=st.sampled_from(WARPING[:-1]),
+    new=st.integers(1, 40),
+    drafters=st.integers(1, 3),
+    draft_vocab=st.none() | st.just(9),
+    padding=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_combination(
+    family, length, seed, strategy, tree, warping, new, drafters, draft_vocab, padding
+):
+    if isinstance(strategy, taps_hf.Single) and strategy.index >= drafters:
+        strategy = "single"
+    inputs = prompt(length, seed=length)
+    mask = torch.ones_like(inputs)
+    if padding:
+        inputs = torch.cat([inputs.new_zeros(1, padding), inputs], dim=1)
+        mask = torch.cat([mask.new_zeros(1, padding), mask], dim=1)
+    models = tiny_drafters(drafters, family, draft_vocab=draft_vocab)
+    plain, ours = both(
+        family,
+        inputs,
+        seed,
+        drafters=models,
+        strategy=strategy,
+        tree=tree,
+        attention_mask=mask,
+        max_new_tokens=new,
+        **(warping if seed is not None else {}),
+    )
+    assert torch.equal(plain, ours)
+
+
+def test_scores_and_logits():
+    for seed in (None, 1):
+        plain, ours = both(
+            "llama",
+            prompt(),
+            seed,
+            repetition_penalty=1.3,
+            output_scores=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(plain.sequences, ours.sequences)
+        for name in ("scores", "logits"):
+            mine, theirs = getattr(ours, name), getattr(plain, name)
+            assert len(mine) == len(theirs) == 24
+            torch.testing.assert_close(torch.cat(mine), torch.cat(theirs), atol=1e-4, rtol=1e-4)
+        assert_accepted(ours.draft_trace)
+
+
+def test_processors_are_called_once_a_token_in_order():
+    mine, theirs = PenaliseRecent(), PenaliseRecent()
+    target = tiny_target()
+    common = {"max_new_tokens": 20, "do_sample": False}
+    plain = target.generate(prompt(), logits_processor=LogitsProcessorList([theirs]), **common)
+    ours = target.generate(
+        prompt(),
+        logits_processor=LogitsProcessorList([mine]),
+        assistant_models=tiny_drafters(),
+        tree=WIDE,
+        **common,
+    )
+    assert torch.equal(plain, ours)
+    assert mine.lengths == theirs.lengths
+
+
+class StopAfterPair(StoppingCriteria):
+    """Stops where two tokens stand side by side; remembers what it was shown."""
+
+    def __init__(self, pair: tuple[int, int]) -> None:
+        self.pair, self.lengths = pair, []
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.lengths.append(input_ids.shape[1])
+        return torch.tensor([tuple(input_ids[0, -2:].tolist()) == self.pair])
+
+
+def test_stopping_criteria_in_the_middle_of_a_path():
+    target = tiny_target()
+    free = target.generate(prompt(), max_new_tokens=40, do_sample=False)[0, 9:].tolist()
+    for at in range(2, 30, 3):  # some of these stop between two accepted tokens
+        results = []
+        for extra in ({}, {"assistant_models": tiny_drafters(), "tree": WIDE}):
+            criterion = StopAfterPair((free[at - 1], free[at]))
+            criteria = StoppingCriteriaList([criterion, MaxLengthCriteria(45)])
+            out = target.generate(
+                prompt(), max_new_tokens=40, do_sample=False, stopping_criteria=criteria, **extra
+            )
+            results.append((out.tolist(), criterion.lengths))
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+)
+def test_low_precision_and_mixed_dtypes(dtypes):
+    """Target and drafters may differ in dtype; with a float32 target the output stays exact."""
+    target_dtype, drafter_dtype = dtypes
+    target = tiny_target("llama", target_dtype)
+    drafters = tiny_drafters(2, "llama", drafter_dtype)
+    plain = target.generate(prompt(), max_new_tokens=20, do_sample=False)
+    ours = target.generate(
+        prompt(), max_new_tokens=20, do_sample=False, assistant_models=drafters, tree=WIDE
+    )
+    assert ours.shape == plain.shape
+    if target_dtype == torch.float32:
+        assert torch.equal(plain, ours)

@@ -1,0 +1,104 @@
+"""The record of a generation agrees with what was generated."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+
+import taps_hf
+from tests.tiny import prompt, tiny_drafters, tiny_target
+
+WIDE = taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30)
+
+
+@pytest.fixture(scope="module")
+def output() -> taps_hf.SpeculativeDecoderOnlyOutput:
+    torch.manual_seed(0)
+    return tiny_target().generate(
+        prompt(),
+        max_new_tokens=40,
+        do_sample=True,
+        temperature=2.0,
+        assistant_models={"math": tiny_drafters(2)[0], "chat": tiny_drafters(2)[1]},
+        strategy="merged",
+        tree=WIDE,
+        return_dict_in_generate=True,
+        output_draft_trees=True,
+    )
+
+
+def test_tokens_are_the_sequence(output):
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    tokens = [token.token for token in output.draft_trace.emitted]
+    assert output.sequences[0, 9:].tolist() == tokens
+
+
+def test_paths_and_origins_agree_with_the_trees(output):
+    position = 8
+    for cycle in output.draft_trace.cycles:
+        tree, at = cycle.tree, 0
+        assert int(tree.tokens[0]) == int(output.sequences[0, position])
+        assert cycle.num_nodes == len(tree) - 1
+        for node, token in zip(cycle.path, cycle.emitted):
+            assert int(tree.parents[node]) == at
+            assert (int(tree.tokens[node]), int(tree.depths[node])) == (token.token, token.depth)
+            by = [d for d in range(2) if not math.isnan(tree.confidence[d, node])]
+            assert list(token.drafters) == by
+            assert token.confidence == tuple(tree.confidence[by, node].tolist())
+            assert token.entropy == tuple(tree.entropy[by, node].tolist())
+            at = node
+        # The token after the path is the target's own: no child of the last node carries it.
+        for token in cycle.emitted[len(cycle.path) :]:
+            assert (token.depth, token.drafters) == (None, ())
+            children = tree.tokens[tree.parents == at].tolist()
+            assert token.token not in children
+        position += len(cycle.emitted)
+
+
+def test_summary_figures(output):
+    trace = output.draft_trace
+    accepted = sum(len(cycle.path) for cycle in trace.cycles)
+    assert trace.tau == 40 / len(trace.cycles)
+    assert trace.accepted_length == accepted / len(trace.cycles)
+    assert accepted > 0
+    shares = trace.origin_share
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares[()] == pytest.approx(1 - accepted / 40)
+    # Acceptance at depth 1, counted by hand.
+    first = [cycle.accepted_length > 0 for cycle in trace.cycles if cycle.drafters]
+    assert trace.acceptance_by_depth[1] == sum(first) / len(first)
+    summary = trace.summary()
+    assert set(summary["origin_share"]) <= {"math", "chat", "math + chat", "target"}
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+
+
+def test_trees_and_entropies_only_on_request():
+    out = tiny_target().generate(
+        prompt(), max_new_tokens=12, assistant_models=tiny_drafters(2), return_dict_in_generate=True
+    )
+    assert all(cycle.tree is None for cycle in out.draft_trace.cycles)
+    assert all(token.entropy == () for token in out.draft_trace.emitted)
+    assert out.draft_trace.drafters == ("drafter 0", "drafter 1")
+
+
+def test_a_stop_inside_a_path_is_not_a_rejection():
+    cycle = taps_hf.CycleTrace(
+        (0,),
+        3,
+        (1, 2),
+        tuple(taps_hf.EmittedToken(t, t, (0,), (0.5,), ()) for t in (1, 2)),
+        0.1,
+        0.1,
+        0.1,
+    )
+    trace = taps_hf.DraftTrace(("d",), [cycle])
+    assert trace.acceptance_by_depth == {1: 1.0, 2: 1.0}
+    assert (trace.tau, trace.accepted_length) == (2.0, 2.0)
+
+
+def test_nothing_is_recorded_unless_asked_for():
+    out = tiny_target().generate(prompt(), max_new_tokens=4, assistant_models=tiny_drafters(1))
+    assert isinstance(out, torch.Tensor)

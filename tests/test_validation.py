@@ -1,0 +1,158 @@
+"""Bad input ends with a ValueError that names it, before any pass of the target."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, MptConfig, MptForCausalLM, StaticCache
+
+import taps_hf
+from tests.test_generation import tokenizer  # noqa: F401 (a fixture)
+from tests.tiny import VOCAB, prompt, tiny_drafters, tiny_target
+
+CHAIN = taps_hf.ChainTree(2)
+
+
+def refused(match: str, target=None, inputs=None, **kwargs):
+    target = target or tiny_target()
+    kwargs.setdefault("assistant_models", tiny_drafters(2))
+    passes = []
+    handle = target.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with pytest.raises(ValueError, match=match):
+            target.generate(prompt() if inputs is None else inputs, max_new_tokens=5, **kwargs)
+    finally:
+        handle.remove()
+    assert not passes, "the target ran before the error"
+
+
+def test_assistant_models():
+    refused("`assistant_models` is empty", assistant_models=[])
+    refused("`assistant_models` is .*LlamaForCausalLM", assistant_models=[tiny_target()])
+    refused("`assistant_models` is .*str", assistant_models="some/name")
+    refused("`assistant_models` is None, but strategy", assistant_models=None, strategy="merged")
+
+
+def test_strategies():
+    refused("`strategy` is 'magic', expected one of .*merged", strategy="magic")
+    refused("`strategy` is 3", strategy=3)
+    refused(r"Single\(index=5\) was given 2 drafters", strategy=taps_hf.Single(5))
+
+
+def test_trees_and_verification():
+    refused("`tree` is 24, expected a tree shape", tree=24)
+    refused("`verification` is 'hope', expected one of rejection, walk", verification="hope")
+    refused("shaped by their confidence", verification="rejection")
+    for strategy in ("confidence", "entropy", taps_hf.Merged(num_nodes=5)):
+        refused("choosing among them", strategy=strategy, tree=CHAIN, verification="rejection")
+
+
+def test_arguments_that_exclude_each_other():
+    refused("`assistant_model` was given together", assistant_model=tiny_target())
+    refused("`custom_generate` was given together", custom_generate=lambda *_: None)
+    refused("`synced_gpus` is True", synced_gpus=True)
+    refused('`cache_implementation` is "paged"', cache_implementation="paged")
+
+
+def test_generation_modes():
+    refused("'beam_search'", num_beams=2)
+    refused("`num_return_sequences` is 2", num_return_sequences=2, do_sample=True)
+    refused("'assisted_generation'", prompt_lookup_num_tokens=3)
+    refused("The batch has 2 sequences", inputs=prompt().repeat(2, 1))
+    refused("`use_cache` is False", use_cache=False)
+    refused("`output_attentions` is True", output_attentions=True, return_dict_in_generate=True)
+    refused("`output_hidden_states`", output_hidden_states=True, return_dict_in_generate=True)
+
+
+def test_caches():
+    refused("StaticCache", cache_implementation="static")
+    refused(
+        "StaticCache", past_key_values=StaticCache(config=tiny_target().config, max_cache_len=64)
+    )
+    refused("offloaded", cache_implementation="offloaded")
+
+
+def test_a_cache_that_covers_the_whole_prompt():
+    first = tiny_target().generate(prompt(), max_new_tokens=4, return_dict_in_generate=True)
+    cache = first.past_key_values
+    refused(
+        "nothing is left to run",
+        inputs=first.sequences[:, : cache.get_seq_length()],
+        past_key_values=cache,
+    )
+
+
+def test_embeddings_as_a_prompt():
+    target = tiny_target()
+    embeds = target.get_input_embeddings()(prompt())
+    with pytest.raises(ValueError, match="`inputs_embeds`, expected `input_ids`"):
+        target.generate(inputs_embeds=embeds, max_new_tokens=3, assistant_models=tiny_drafters(2))
+
+
+def test_targets_that_take_no_tree():
+    flash = copy.deepcopy(tiny_target())
+    flash.config._attn_implementation = "flash_attention_2"
+    refused("flash_attention_2.*takes no tree mask", target=flash)
+    chunked = copy.deepcopy(tiny_target("qwen3"))
+    chunked.config.layer_types = ["linear_attention", "full_attention"]
+    refused("linear_attention", target=chunked, assistant_models=tiny_drafters(2, "qwen3"))
+    both_ways = copy.deepcopy(tiny_target("gemma3_text"))
+    both_ways.config.use_bidirectional_attention = True
+    refused("both ways", target=both_ways, assistant_models=tiny_drafters(2, "gemma3_text"))
+
+
+def test_targets_of_another_kind():
+    config = AutoConfig.for_model(
+        "t5",
+        vocab_size=VOCAB,
+        d_model=32,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    encoder_decoder = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        encoder_decoder.generate(prompt(), assistant_models=tiny_drafters(1))
+    mpt = MptForCausalLM(MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=1))
+    refused("takes no `position_ids`", target=mpt, assistant_models=tiny_drafters(1))
+
+
+def test_a_drafter_for_another_target():
+    config = copy.deepcopy(tiny_target().config)
+    config.hidden_size, config.num_attention_heads = 48, 6
+    wide = taps_hf.EagleDrafter(taps_hf.EagleDrafterConfig.from_target(config))
+    refused("'wide' has `hidden_size` 48.*target's is 32", assistant_models={"wide": wide})
+    config = copy.deepcopy(tiny_target().config)
+    config.vocab_size = 99
+    other = taps_hf.EagleDrafter(
+        taps_hf.EagleDrafterConfig.from_target(config, target_name_or_path="some/target")
+    )
+    refused("`vocab_size` 99.*some/target", assistant_models=[other])
+
+
+def test_another_tokenizer(tokenizer):  # noqa: F811
+    drafter = copy.deepcopy(tiny_drafters(1)[0])
+    drafter.config.tokenizer_fingerprint = "0123456789abcdef"
+    refused("fingerprint 0123456789abcdef", assistant_models=[drafter], tokenizer=tokenizer)
+    drafter.config.tokenizer_fingerprint = taps_hf.tokenizer_fingerprint(tokenizer)
+    out = tiny_target().generate(
+        prompt(), max_new_tokens=3, assistant_models=[drafter], tokenizer=tokenizer
+    )
+    assert out.shape[1] == 12
+
+
+def test_a_model_input_that_trees_cannot_carry():
+    target = tiny_target()
+    decoding = taps_hf.SpeculativeDecoding(tiny_drafters(1))
+    with pytest.raises(ValueError, match="pixel_values"):
+        target.generate(
+            prompt(),
+            max_new_tokens=3,
+            custom_generate=lambda model, ids, **kw: decoding(
+                model, ids, pixel_values=torch.zeros(1), **kw
+            ),
+        )

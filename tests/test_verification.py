@@ -1,0 +1,156 @@
+"""The rejection rule samples from the target's distribution; a wrong rule is caught by the test."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import taps_hf
+from taps_hf import verification
+from taps_hf.verification import RejectionVerifier, WalkVerifier
+from tests.tiny import prompt, tiny_drafters, tiny_target
+
+LENGTH = 3  # tokens a continuation: short enough to know the distribution of whole continuations
+TOP = 3  # the target's support at each step, by top_k: 27 continuations
+SAMPLES = 1200
+TEMPERATURE = 3.0  # flattens the tiny target, so that many continuations are likely
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[tuple[int, ...], float]:
+    """The target's own probability of each continuation, by enumeration."""
+    target = tiny_target()
+    found = {(): 1.0}
+    for _ in range(LENGTH):
+        longer = {}
+        for path, p in found.items():
+            ids = torch.cat([prompt(), torch.tensor([path], dtype=torch.long)], dim=1)
+            with torch.no_grad():
+                logits = target(input_ids=ids).logits[0, -1] / TEMPERATURE
+            values, tokens = logits.topk(TOP)
+            for q, token in zip(values.softmax(0).tolist(), tokens.tolist()):
+                longer[(*path, token)] = p * q
+        found = longer
+    return found
+
+
+def chi_squared(expected: dict[tuple[int, ...], float], **kwargs) -> float:
+    """p-value of the hypothesis that sampled continuations come from `expected`."""
+    target, counts = tiny_target(), dict.fromkeys(expected, 0)
+    for _ in range(SAMPLES):
+        out = target.generate(
+            prompt(),
+            max_new_tokens=LENGTH,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=TOP,
+            assistant_models=tiny_drafters(2),
+            **kwargs,
+        )
+        counts[tuple(out[0, -LENGTH:].tolist())] += 1  # KeyError: outside of the support
+    statistic, cells, rest_n, rest_p = 0.0, 0, 0, 0.0
+    for path, p in expected.items():
+        if p * SAMPLES < 5:  # the usual rule: pool cells that are too small
+            rest_n, rest_p = rest_n + counts[path], rest_p + p
+            continue
+        statistic += (counts[path] - p * SAMPLES) ** 2 / (p * SAMPLES)
+        cells += 1
+    if rest_p * SAMPLES >= 5:
+        statistic += (rest_n - rest_p * SAMPLES) ** 2 / (rest_p * SAMPLES)
+        cells += 1
+    freedom = torch.tensor((cells - 1) / 2.0)
+    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2.0)))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tree"),
+    [
+        ("single", taps_hf.FixedTree.from_branching([3, 2])),
+        ("merged", taps_hf.FixedTree.from_branching([2, 2])),
+        (taps_hf.Merged(packing="concatenate"), taps_hf.FixedTree.from_branching([2, 1])),
+    ],
+    ids=str,
+)
+def test_rejection_samples_from_the_target(expected, strategy, tree):
+    torch.manual_seed(0)
+    p_value = chi_squared(expected, strategy=strategy, tree=tree, verification="rejection")
+    assert p_value > 0.001
+
+
+def test_a_wrong_rule_is_caught(expected, monkeypatch):
+    """Accepting with min(1, p / q) but drawing the correction from p is a classic mistake."""
+
+    class NoResidual(RejectionVerifier):
+        def step(self, nodes, scores):
+            (node,) = nodes
+            target = torch.softmax(scores[0], dim=-1)
+            for child, row in self._attempts.get(node, ()):
+                token = self._tokens[child]
+                if torch.rand(()) * self._probabilities[row, token] < target[token]:
+                    return torch.tensor([token]), [child]
+            return torch.multinomial(target, 1), []
+
+    monkeypatch.setitem(verification.VERIFIERS, "rejection", NoResidual)
+    torch.manual_seed(0)
+    p_value = chi_squared(
+        expected,
+        strategy="single",
+        tree=taps_hf.FixedTree.from_branching([3, 2]),
+        verification="rejection",
+    )
+    assert p_value < 1e-6
+
+
+def test_rejection_is_plain_greedy_search_without_sampling():
+    target = tiny_target()
+    plain = target.generate(prompt(), max_new_tokens=30, do_sample=False)
+    for strategy, seed in itertools.product(("single", "merged"), range(3)):
+        torch.manual_seed(seed)
+        ours = target.generate(
+            prompt(),
+            max_new_tokens=30,
+            do_sample=False,
+            assistant_models=tiny_drafters(2),
+            strategy=strategy,
+            tree=taps_hf.FixedTree.from_branching([4, 2, 2]),
+            verification="rejection",
+        )
+        assert torch.equal(plain, ours)
+
+
+def test_rejection_accepts_what_the_drafter_is_sure_of():
+    """A drafter that equals the target is never rejected: its q is p."""
+    scores = torch.tensor([[0.3, 1.2, -0.5, 0.8]])
+    q = scores.softmax(dim=-1)
+    for token in range(4):
+        tree = taps_hf.DraftTree(
+            tokens=torch.tensor([0, token]),
+            parents=torch.tensor([-1, 0]),
+            depths=torch.tensor([0, 1]),
+            confidence=torch.ones(1, 2),
+            path_confidence=torch.ones(1, 2),
+            proposals=taps_hf.tree.SampledProposals(
+                torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), q
+            ),
+        )
+        for _ in range(20):
+            assert RejectionVerifier(tree, do_sample=True).step([0], scores)[1] == [1]
+
+
+def test_walk_goes_on_where_the_token_stands_in_any_of_several_nodes():
+    """The paper's packing holds a path twice; the walk must not lose what follows either copy."""
+    tree = taps_hf.DraftTree(
+        tokens=torch.tensor([0, 1, 1, 2, 3]),
+        parents=torch.tensor([-1, 0, 0, 1, 2]),
+        depths=torch.tensor([0, 1, 1, 2, 2]),
+        confidence=torch.ones(2, 5),
+        path_confidence=torch.ones(2, 5),
+    )
+    walk = WalkVerifier(tree, do_sample=False)
+    token, nodes = walk.step([0], torch.tensor([[0.0, 9.0, 0.0, 0.0]]))
+    assert (token.tolist(), nodes) == ([1], [1, 2])
+    token, nodes = walk.step(nodes, torch.tensor([[0.0, 0.0, 0.0, 9.0]]))
+    assert (token.tolist(), nodes) == ([3], [4])
+    assert walk.step(nodes, torch.tensor([[9.0, 0.0, 0.0, 0.0]]))[1] == []
