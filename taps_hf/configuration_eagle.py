@@ -149,7 +149,7 @@ class EagleDrafterConfig(PretrainedConfig):
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of a tokenizer's vocabulary: equal exactly when tokens and their ids are equal.
+    """A short hash of a tokenizer's vocabulary, to tell whether two have the same tokens and ids.
 
     Returns:
         16 hexadecimal digits of the SHA-256 over the sorted (token, id) pairs.

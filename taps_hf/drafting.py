@@ -90,7 +90,10 @@ class DrafterSession:
         return bool(self._length or self._pending)
 
     def begin(self) -> torch.Tensor:
-        """Run the queued slots and return the predicted feature at the root, (1, hidden)."""
+        """Run the queued slots and return the predicted feature at the root, (1, hidden).
+
+        Something must have been observed since the last call, as in every cycle something was.
+        """
         tokens = torch.cat([tokens.to(self.device) for tokens, _ in self._pending])
         features = torch.cat([features.to(self.device) for _, features in self._pending])
         self._pending.clear()

@@ -174,7 +174,7 @@ class FixedTree(TreeShape):
         above = torch.zeros(1, 0, dtype=torch.bool, device=device)
         log_path = torch.zeros(1, device=device)  # log V of the expanded nodes
         levels, paths, first = [], [], 1
-        for depth, (parents, ranks, expanded, k) in enumerate(self._plan[:max_depth], start=1):
+        for depth, (parents, ranks, expanded, k) in enumerate(self._plan, start=1):
             children = session.expand(hidden, k)
             if children.tokens.shape[1] < k:
                 raise ValueError(
@@ -185,7 +185,7 @@ class FixedTree(TreeShape):
             level = _Level(children, nodes, depth, row, rank)
             levels.append(level)
             paths.append(log_path[row] + children.log_confidence[row, rank])
-            if not expanded or depth == min(self.depth, max_depth):
+            if depth == min(self.depth, max_depth):
                 break
             nodes, log_path = inner + first, paths[-1][inner]
             first += len(parents)

@@ -116,7 +116,13 @@ class DraftTree:
         return replace(self, **moved)
 
     def select(self, nodes: torch.Tensor) -> DraftTree:
-        """The subtree made of `nodes`: int64, ascending, with the root and every node's parent."""
+        """The subtree made of `nodes`: int64, ascending, with the root and every node's parent.
+
+        Raises:
+            ValueError: for sampled trees: choosing among sampled tokens changes their distribution.
+        """
+        if self.proposals is not None:
+            raise ValueError("The tree was sampled, expected a deterministic one to select from.")
         new_index = torch.full((len(self) + 1,), -1, device=self.tokens.device)
         new_index[nodes] = torch.arange(len(nodes), device=self.tokens.device)
         return DraftTree(
@@ -152,7 +158,8 @@ def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree
             sampled trees: dropping nodes by their tokens would change what was sampled.
 
     Returns:
-        a tree whose nodes at each depth are ordered by parent, then token.
+        a tree whose nodes at each depth are ordered by parent, then token. A single tree comes back
+        as it is.
 
     Raises:
         ValueError: for no trees, or a node budget on sampled trees.

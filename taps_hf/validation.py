@@ -119,9 +119,7 @@ def check_target(model: PreTrainedModel) -> None:
             f"{' and '.join(sorted(_LAYER_TYPES))} only."
         )
     if getattr(config, "use_bidirectional_attention", None):
-        raise ValueError(
-            f"The target ({kind}) attends both ways, expected a causal model."
-        )
+        raise ValueError(f"The target ({kind}) attends both ways, expected a causal model.")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"The target's forward ({kind}) takes no `position_ids`, which nodes of a tree need."

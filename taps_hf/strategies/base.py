@@ -65,7 +65,7 @@ class Strategy(ABC):
         """
 
 
-_REGISTRY: dict[str, Callable[[], Strategy]] = {}
+_REGISTRY: dict[str, type[Strategy]] = {}
 _Class = TypeVar("_Class", bound=type[Strategy])
 
 
@@ -77,8 +77,10 @@ def register_strategy(name: str) -> Callable[[_Class], _Class]:
     """
 
     def register(cls: _Class) -> _Class:
-        if _REGISTRY.get(name, cls) is not cls:
-            raise ValueError(f"A strategy named {name!r} is registered already: {_REGISTRY[name]}.")
+        taken = _REGISTRY.get(name, cls)
+        # Running a notebook's cell again defines the same class anew.
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"A strategy named {name!r} is registered already: {taken}.")
         _REGISTRY[name] = cls
         return cls
 

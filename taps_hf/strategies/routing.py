@@ -30,7 +30,7 @@ class _Routing(Strategy):
 
     @abstractmethod
     def score(self, tree: DraftTree) -> torch.Tensor:
-        """(D,) float32, larger is better; NaN for drafters the tree does not come from."""
+        """(D,) float32, larger is better; NaN for drafters that proposed nothing in the tree."""
 
     def drafters_to_run(
         self, num_drafters: int, history: Sequence[CycleOutcome]
@@ -40,8 +40,8 @@ class _Routing(Strategy):
         return super().drafters_to_run(num_drafters, history)
 
     def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
-        scores = [float(self.score(tree)[index]) for index, tree in trees.items()]
-        best = list(trees)[scores.index(max(scores))]
+        scores = torch.stack([self.score(tree)[index] for index, tree in trees.items()])
+        best = list(trees)[int(scores.nan_to_num(nan=-torch.inf).argmax())]
         return Choice(trees[best], (best,))
 
 
