@@ -265,9 +265,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--trees",
         nargs="+",
         type=_tree,
-        default=[(3, 8, 8), (5, 8, 24)],
+        default=[(3, 8, 15), (5, 8, 24)],
         metavar="DEPTH,TOP_K,NUM_NODES",
-        help="of each drafter's tree (default: 3,8,8 5,8,24)",
+        help="of each drafter's tree (default: 3,8,15 5,8,24)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu")

@@ -158,7 +158,7 @@ def markdown(rows: Sequence[Row]) -> str:
         count = len({row.prompt for row in of_group})
         plain = statistics.median(row.plain_tokens / row.plain_seconds for row in of_group)
         lines = [
-            f"**{group}**, {count} prompts; plain: {plain:.1f} tokens/s (median)",
+            f"**{group}**, {count} prompt{'s' * (count > 1)}; plain: {plain:.1f} tokens/s (median)",
             "",
             "| variant | x plain [95 %] | tau | accepted | nodes | draft/target/rest | differ |",
             "| --- | --- | --- | --- | --- | --- | --- |",

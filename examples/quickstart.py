@@ -41,7 +41,7 @@ class Comparison:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns 1 if an answer differed in float32, else 0."""
-    parser = argument_parser(__doc__, max_new_tokens=128)
+    parser = argument_parser(__doc__, max_new_tokens=96)
     parser.add_argument("--strategy", default="merged", choices=list_strategies())
     parser.add_argument("--depth", type=int, default=3, metavar="N", help="levels of a tree")
     parser.add_argument("--num-nodes", type=int, default=8, metavar="N", help="nodes of a tree")

@@ -45,7 +45,7 @@ def arguments(request, monkeypatch) -> list[str]:
 
     for example in (averaging, custom_strategy, pipeline, quickstart, streaming):
         monkeypatch.setattr(example, "load_target", load_target)
-    return ["--max-new-tokens", "16"]
+    return ["--max-new-tokens", "8"]
 
 
 def target_of(arguments: list[str], example):
