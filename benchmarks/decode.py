@@ -218,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = model.dtype
     paths = dict(entry.partition("=")[::2] for entry in options.drafters)
     drafters = {
-        name: EagleDrafter.from_pretrained(path, dtype=dtype).to(model.device).eval()
+        name: EagleDrafter.from_pretrained(path, dtype=options.drafter_dtype)
+        .to(model.device)
+        .eval()
         for name, path in paths.items()
     }
 
@@ -270,6 +272,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="of each drafter's tree (default: 3,8,15 5,8,24)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--drafter-dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: as saved",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -309,6 +317,7 @@ def _settings(
         "target": Path(name).name if os.path.isdir(name) else name,
         "drafters": {name: _fingerprint(drafter) for name, drafter in drafters.items()},
         "dtype": options.dtype,
+        "drafter_dtype": options.drafter_dtype,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
@@ -342,7 +351,7 @@ def _hardware(device: torch.device) -> str:
 def _heading(settings: Mapping[str, Any]) -> str:
     temperature = settings["temperature"]
     return (
-        f"{settings['target']}, {settings['dtype']}, "
+        f"{settings['target']}, {settings['dtype']}, drafters {settings['drafter_dtype']}, "
         f"{f'temperature {temperature}' if temperature else 'greedy'}, "
         f"at most {settings['max_new_tokens']} tokens; {settings['hardware']}, "
         f"{settings['threads']} threads; torch {settings['torch']}, transformers "

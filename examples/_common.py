@@ -57,8 +57,10 @@ def load_target(
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
-def load_drafters(named: list[str], dtype: torch.dtype = torch.float32) -> dict[str, EagleDrafter]:
-    """Drafters by name, in the target's dtype.
+def load_drafters(named: list[str]) -> dict[str, EagleDrafter]:
+    """Drafters by name, in the dtype they were saved in.
+
+    A bfloat16 drafter is fine for a float32 target: only what is proposed depends on it.
 
     Raises:
         ValueError: unless every entry of `named` is NAME=PATH, with distinct names.
@@ -66,9 +68,7 @@ def load_drafters(named: list[str], dtype: torch.dtype = torch.float32) -> dict[
     paths = dict(entry.partition("=")[::2] for entry in named)
     if len(paths) < len(named) or not all(name and path for name, path in paths.items()):
         raise ValueError(f"`--drafters` is {named}, expected NAME=PATH with distinct names.")
-    return {
-        name: EagleDrafter.from_pretrained(path, dtype=dtype).eval() for name, path in paths.items()
-    }
+    return {name: EagleDrafter.from_pretrained(path).eval() for name, path in paths.items()}
 
 
 def prompts(kind: str) -> list[str]:

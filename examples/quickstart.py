@@ -48,14 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     tree = DynamicTree(options.depth, top_k=min(8, options.num_nodes), num_nodes=options.num_nodes)
     settings = {"strategy": options.strategy, "tree": tree}
-    model, tokenizer = load_target(options.target)
     questions = [(kind, prompt) for kind in KINDS for prompt in prompts(kind)]
 
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
-        # The drafters score with the target's own head, so they run in its dtype.
-        model.to(dtype)
-        drafters = load_drafters(options.drafters, dtype)
+        model, tokenizer = load_target(options.target, dtype)
+        drafters = load_drafters(options.drafters)
         name = str(dtype).removeprefix("torch.")
         say_heading(name, list(drafters), options.strategy, tree)
         generate = {"do_sample": False, "max_new_tokens": options.max_new_tokens}

@@ -18,10 +18,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 import taps_hf
@@ -44,8 +46,7 @@ def read_prompts(file: Path, seed: int) -> list[list[dict[str, str]]]:
     """
     rng = random.Random(seed)
     prompts = []
-    opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
-    with opened as lines:
+    with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
         for number, line in enumerate(lines, start=1):
             row = json.loads(line)
             if "instruction" in row:
@@ -169,20 +170,45 @@ def batches(
     return iter(made)
 
 
-def collate(rows: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (rows, longest), padded on the right, and where an answer's token is predicted."""
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
-    index = torch.arange(longest - 2)  # slot t sees token t + 1 and predicts token t + 2
-    begin = torch.tensor([start for _, start in rows])[:, None]
-    end = torch.tensor([len(ids) for ids, _ in rows])[:, None]
-    return ids, (index + 2 >= begin) & (index + 2 < end)
+@dataclass
+class Example:
+    """One answered prompt: `ids` (n,) int64, features (n, hidden) bfloat16, start of the answer."""
+
+    ids: torch.Tensor
+    features: torch.Tensor
+    start: int
 
 
 @torch.no_grad()
-def features_of(target: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The target's last hidden states, (rows, length, hidden)."""
-    return target.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def with_features(target: PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[Example]:
+    """The target's last hidden states for every row, computed once and held in memory."""
+    examples: list[Example | None] = [None] * len(rows)
+    began, seen, total = time.time(), 0, sum(len(ids) for ids, _ in rows)
+    for number, batch in enumerate(batches(rows, 4096, random.Random(0))):
+        longest = max(len(rows[i][0]) for i in batch)
+        padded = torch.tensor([rows[i][0] + [0] * (longest - len(rows[i][0])) for i in batch])
+        features = target.base_model(input_ids=padded, use_cache=False).last_hidden_state
+        for i, row in zip(batch, features):
+            ids, start = rows[i]
+            examples[i] = Example(torch.tensor(ids), row[: len(ids)].clone(), start)
+            seen += len(ids)
+        if number % 20 == 0:
+            rate = seen / (time.time() - began)
+            print(f"features {seen}/{total} tokens, {rate:.0f} tokens/s", flush=True)
+    return examples
+
+
+def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids (rows, longest) and features (rows, longest, hidden), padded on the right, and
+    (rows, longest - 2) bool: the slots that predict a token of the answer.
+    """
+    ids = pad_sequence([example.ids for example in examples], batch_first=True)
+    features = pad_sequence([example.features for example in examples], batch_first=True)
+    # Slot t sees token t + 1 and feature t, and predicts token t + 2.
+    predicted = torch.arange(ids.shape[1] - 2) + 2
+    begin = torch.tensor([example.start for example in examples])[:, None]
+    end = torch.tensor([len(example.ids) for example in examples])[:, None]
+    return ids, features, (predicted >= begin) & (predicted < end)
 
 
 def losses(
@@ -190,6 +216,7 @@ def losses(
     target: PreTrainedModel,
     head: torch.Tensor,
     ids: torch.Tensor,
+    features: torch.Tensor,
     scored: torch.Tensor,
     noise: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -203,8 +230,7 @@ def losses(
         head: (draft vocabulary, hidden): the target's head at the tokens the drafter scores.
         noise: half-width, in standard deviations, of the uniform noise on the input features.
     """
-    features = features_of(target, ids)
-    unit = features[:, :-1][torch.ones_like(ids[:, :-1], dtype=torch.bool)].float().std()
+    unit = features[:, 1:-1][scored].float().std()
     inputs = features[:, :-2].float()
     inputs = inputs + (torch.rand_like(inputs) * 2 - 1) * noise * unit
     with torch.no_grad():
@@ -227,13 +253,16 @@ def train(options: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)  # tiny probabilities slow the CPU's softmax down eightfold
     target, tokenizer = load_embedded_target(torch.bfloat16), load_embedded_tokenizer()
     rows = read_answers(options.answers, options.limit)
-    held_out, rows = rows[: options.held_out], rows[options.held_out :]
     counts: Counter[int] = Counter()
-    for file in [options.answers, *options.vocabulary_from]:
+    for file in options.vocabulary_from or [options.answers]:
         for ids, start in read_answers(file, None)[options.held_out :]:
             counts.update(ids[start:])
-    tokens = torch.tensor([token for token, _ in counts.most_common(options.draft_vocab)])
-    covered = [t in set(tokens.tolist()) for ids, start in held_out for t in ids[start:]]
+    # Unseen tokens come last, in the order of their ids: a BPE tokenizer learns frequent ones first.
+    ranked = sorted(range(target.config.vocab_size), key=lambda token: (-counts[token], token))
+    tokens = torch.tensor(ranked[: options.draft_vocab])
+    held_out = rows[: options.held_out]
+    known = set(tokens.tolist())
+    covered = [t in known for ids, start in held_out for t in ids[start:]]
     print(f"draft vocabulary {len(tokens)}: covers {sum(covered) / len(covered):.2%} held out")
 
     drafter = taps_hf.EagleDrafter.from_target(
@@ -244,6 +273,9 @@ def train(options: argparse.Namespace) -> None:
         tokenizer_fingerprint=taps_hf.tokenizer_fingerprint(tokenizer),
         training_data=options.describe,
     ).float()
+    examples = with_features(target, rows)
+    held_out, examples = examples[: options.held_out], examples[options.held_out :]
+    rows = rows[options.held_out :]
     head = target.get_output_embeddings().weight[drafter.draft_token_ids].detach()
     optimizer = torch.optim.AdamW(
         drafter.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
@@ -271,9 +303,9 @@ def train(options: argparse.Namespace) -> None:
         for number, batch in enumerate(
             batches(rows, options.batch_tokens, random.Random(f"{options.seed}/{epoch}"))
         ):
-            ids, scored = collate([rows[i] for i in batch])
+            ids, features, scored = collate([examples[i] for i in batch])
             regression, entropy, agreement = losses(
-                drafter, target, head, ids, scored, options.noise
+                drafter, target, head, ids, features, scored, options.noise
             )
             loss = options.regression_weight * regression + options.entropy_weight * entropy
             optimizer.zero_grad(set_to_none=True)
@@ -292,7 +324,7 @@ def train(options: argparse.Namespace) -> None:
         drafter.eval()
         with torch.no_grad():
             found = [
-                losses(drafter, target, head, *collate([rows_]), 0.0) for rows_ in held_out
+                losses(drafter, target, head, *collate([example]), 0.0) for example in held_out
             ]
         means = [float(torch.stack(x).mean()) for x in zip(*found)]
         print(
@@ -331,7 +363,13 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--answers", type=Path, required=True)
     two.add_argument("--out", type=Path, required=True, help="folder of the drafter")
     two.add_argument("--describe", nargs="*", default=[], help="the data, for config and card")
-    two.add_argument("--vocabulary-from", type=Path, nargs="*", default=[])
+    two.add_argument(
+        "--vocabulary-from",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="answers that the draft vocabulary is counted over (default: --answers)",
+    )
     two.add_argument("--draft-vocab", type=int, default=16384)
     two.add_argument("--limit", type=int)
     two.add_argument("--held-out", type=int, default=64)

@@ -160,6 +160,7 @@ class SpeculativeDecoding:
                 tree = choice.tree.to(torch.device("cpu"))
                 verifier = verifier_class(tree, do_sample)
                 nodes, walked, start = [0], [], input_ids.shape[1]
+                accepted: list[list[int]] = []  # the node (or copies of it) of each draft token
                 while nodes and not finished:
                     walked.append(nodes[0])
                     node_logits = logits[nodes[0]][None].to(
@@ -171,6 +172,7 @@ class SpeculativeDecoding:
                     if raw_logits is not None:
                         raw_logits += (node_logits,)
                     token, nodes = verifier.step(nodes, node_scores)
+                    accepted += [nodes] if nodes else []
                     input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
                     finished = bool(stopping_criteria(input_ids, scores).all())
                     if self.streamer is not None:
@@ -180,14 +182,8 @@ class SpeculativeDecoding:
                 target.keep(walked)
                 emitted = input_ids[0, start:]
                 generator.observe(emitted, features[walked])
-                accepted = walked[1:] + nodes[:1]
-                proposed = ~tree.confidence[:, accepted].T.isnan()
-                generator.record(
-                    CycleOutcome(
-                        choice.drafters,
-                        tuple(tuple(row.nonzero().flatten().tolist()) for row in proposed),
-                    )
-                )
+                origins = tuple(tree.proposers(copies) for copies in accepted)
+                generator.record(CycleOutcome(choice.drafters, origins))
                 if clock:
                     clock.lap()
                     trace.cycles.append(

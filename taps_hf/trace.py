@@ -196,7 +196,7 @@ def trace_cycle(
     tree: DraftTree,
     drafters: tuple[int, ...],
     tokens: list[int],
-    path: list[int],
+    accepted: list[list[int]],
     seconds: tuple[float, float, float],
     keep_tree: bool,
 ) -> CycleTrace:
@@ -206,31 +206,26 @@ def trace_cycle(
         tree: the verified tree, on the CPU.
         drafters: whose proposals it holds.
         tokens: the emitted tokens.
-        path: the accepted nodes, the root not counted.
+        accepted: the node of each accepted token, the root not counted; all its copies where a
+            packing holds it several times.
         seconds: draft, target, rest.
         keep_tree: whether to keep the tree itself.
     """
-    confidence = tree.confidence[:, path].T.tolist()
-    entropy = None if tree.entropy is None else tree.entropy[:, path].T.tolist()
+
+    def of_drafters(values: torch.Tensor, copies: list[int], by: tuple[int, ...]) -> tuple:
+        return tuple(values[list(by)][:, copies].nan_to_num(nan=-torch.inf).amax(dim=1).tolist())
+
     emitted = []
-    for i, token in enumerate(tokens):
-        if i >= len(path):
-            emitted.append(EmittedToken(token, None, (), (), ()))
-            continue
-        by = tuple(d for d, c in enumerate(confidence[i]) if c == c)  # NaN: not proposed
-        emitted.append(
-            EmittedToken(
-                token,
-                i + 1,
-                by,
-                tuple(confidence[i][d] for d in by),
-                () if entropy is None else tuple(entropy[i][d] for d in by),
-            )
-        )
+    for depth, (token, copies) in enumerate(zip(tokens, accepted), start=1):
+        by = tree.proposers(copies)
+        confidence = of_drafters(tree.confidence, copies, by)
+        entropy = () if tree.entropy is None else of_drafters(tree.entropy, copies, by)
+        emitted.append(EmittedToken(token, depth, by, confidence, entropy))
+    emitted += [EmittedToken(token, None, (), (), ()) for token in tokens[len(accepted) :]]
     return CycleTrace(
         drafters,
         len(tree) - 1,
-        tuple(path),
+        tuple(copies[0] for copies in accepted),
         tuple(emitted),
         *seconds,
         tree=tree if keep_tree else None,

@@ -77,6 +77,11 @@ class DraftTree:
         """Depth of the deepest node (reads back from the device)."""
         return int(self.depths.max())
 
+    def proposers(self, nodes: list[int]) -> tuple[int, ...]:
+        """The drafters that proposed any of these nodes."""
+        known = ~self.confidence[:, nodes].isnan().all(dim=1)
+        return tuple(known.nonzero().flatten().tolist())
+
     def ancestors(self) -> torch.Tensor:
         """(N, N) bool: entry [i, j] says that j lies on the path from the root to i, i included."""
         size = len(self)

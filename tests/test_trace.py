@@ -99,6 +99,26 @@ def test_a_stop_inside_a_path_is_not_a_rejection():
     assert (trace.tau, trace.accepted_length) == (2.0, 2.0)
 
 
+def test_packing_does_not_change_whose_a_token_is():
+    """Side by side, what both drafters proposed stands twice; it is both drafters' all the same."""
+    records = []
+    for packing in ("union", "concatenate"):
+        out = tiny_target().generate(
+            prompt(),
+            max_new_tokens=40,
+            do_sample=False,
+            assistant_models=tiny_drafters(2),
+            strategy=taps_hf.Merged(packing=packing),
+            tree=WIDE,
+            return_dict_in_generate=True,
+        )
+        records.append([(t.token, t.depth, t.drafters) for t in out.draft_trace.emitted])
+        confidences = [t.confidence for t in out.draft_trace.emitted]
+        assert all(len(c) == len(r[2]) for c, r in zip(confidences, records[-1]))
+    assert records[0] == records[1]
+    assert any(drafters == (0, 1) for *_, drafters in records[0])
+
+
 def test_nothing_is_recorded_unless_asked_for():
     out = tiny_target().generate(prompt(), max_new_tokens=4, assistant_models=tiny_drafters(1))
     assert isinstance(out, torch.Tensor)
