@@ -257,7 +257,7 @@ def train(options: argparse.Namespace) -> None:
     for file in options.vocabulary_from or [options.answers]:
         for ids, start in read_answers(file, None)[options.held_out :]:
             counts.update(ids[start:])
-    # Unseen tokens come last, in the order of their ids: a BPE tokenizer learns frequent ones first.
+    # Unseen tokens come last, by their ids: a BPE tokenizer learns frequent ones first.
     ranked = sorted(range(target.config.vocab_size), key=lambda token: (-counts[token], token))
     tokens = torch.tensor(ranked[: options.draft_vocab])
     held_out = rows[: options.held_out]
