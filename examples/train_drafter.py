@@ -29,7 +29,8 @@ from transformers import DynamicCache, PreTrainedModel
 import taps_hf
 from taps_hf.embedded import load_embedded_target, load_embedded_tokenizer
 
-MAX_PROMPT = 512  # tokens; longer prompts are left out, and counted
+MAX_PROMPT = 512  # tokens; longer prompts stay unanswered
+TOP = 10  # tokens of the target's distribution that a drafter learns from
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -172,16 +173,29 @@ def batches(
 
 @dataclass
 class Example:
-    """One answered prompt: `ids` (n,) int64, features (n, hidden) bfloat16, start of the answer."""
+    """One answered prompt of n tokens, with what the target computes for it.
+
+    Args:
+        ids: (n,) int64.
+        features: (n, hidden) bfloat16: the target's last hidden states.
+        start: index of the answer's first token.
+        wanted: (n - start, TOP) int64: the target's likeliest tokens for each token of the answer,
+            as indices into the draft vocabulary.
+        weights: (n - start, TOP) float32: their probabilities, normalised among themselves.
+    """
 
     ids: torch.Tensor
     features: torch.Tensor
     start: int
+    wanted: torch.Tensor
+    weights: torch.Tensor
 
 
 @torch.no_grad()
-def with_features(target: PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[Example]:
-    """The target's last hidden states for every row, computed once and held in memory."""
+def examples_of(
+    target: PreTrainedModel, head: torch.Tensor, rows: list[tuple[list[int], int]]
+) -> list[Example]:
+    """Run the target over every row once. `head`: its rows for the tokens the drafter scores."""
     examples: list[Example | None] = [None] * len(rows)
     began, seen, total = time.time(), 0, sum(len(ids) for ids, _ in rows)
     for number, batch in enumerate(batches(rows, 4096, random.Random(0))):
@@ -190,60 +204,60 @@ def with_features(target: PreTrainedModel, rows: list[tuple[list[int], int]]) ->
         features = target.base_model(input_ids=padded, use_cache=False).last_hidden_state
         for i, row in zip(batch, features):
             ids, start = rows[i]
-            examples[i] = Example(torch.tensor(ids), row[: len(ids)].clone(), start)
+            top = F.linear(row[start - 1 : len(ids) - 1], head).float().topk(TOP)
+            examples[i] = Example(
+                torch.tensor(ids),
+                row[: len(ids)].clone(),
+                start,
+                top.indices,
+                top.values.softmax(1),
+            )
             seen += len(ids)
         if number % 20 == 0:
             rate = seen / (time.time() - began)
-            print(f"features {seen}/{total} tokens, {rate:.0f} tokens/s", flush=True)
+            print(f"target's pass {seen}/{total} tokens, {rate:.0f} tokens/s", flush=True)
     return examples
-
-
-def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids (rows, longest) and features (rows, longest, hidden), padded on the right, and
-    (rows, longest - 2) bool: the slots that predict a token of the answer.
-    """
-    ids = pad_sequence([example.ids for example in examples], batch_first=True)
-    features = pad_sequence([example.features for example in examples], batch_first=True)
-    # Slot t sees token t + 1 and feature t, and predicts token t + 2.
-    predicted = torch.arange(ids.shape[1] - 2) + 2
-    begin = torch.tensor([example.start for example in examples])[:, None]
-    end = torch.tensor([len(example.ids) for example in examples])[:, None]
-    return ids, features, (predicted >= begin) & (predicted < end)
 
 
 def losses(
     drafter: taps_hf.EagleDrafter,
     target: PreTrainedModel,
     head: torch.Tensor,
-    ids: torch.Tensor,
-    features: torch.Tensor,
-    scored: torch.Tensor,
+    batch: list[Example],
     noise: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """EAGLE's two losses and the top-1 agreement, each a mean over the scored slots.
+    """EAGLE's two losses and the top-1 agreement, each a mean over the tokens of the answers.
 
     Feature regression (smooth L1, features in units of their standard deviation) and the
-    cross-entropy of the drafter's token distribution against the target's, both over the draft
-    vocabulary (arXiv 2401.15077, section 3.2).
+    cross-entropy of the drafter's token distribution against the target's (arXiv 2401.15077,
+    section 3.2), whose mass is taken from its `TOP` likeliest tokens.
 
     Args:
         head: (draft vocabulary, hidden): the target's head at the tokens the drafter scores.
         noise: half-width, in standard deviations, of the uniform noise on the input features.
     """
-    unit = features[:, 1:-1][scored].float().std()
+    ids = pad_sequence([example.ids for example in batch], batch_first=True)
+    features = pad_sequence([example.features for example in batch], batch_first=True)
+    # Slot t sees token t + 1 and feature t, predicts feature t + 1 and so token t + 2. Of an answer
+    # the first token (prompt's last slot but one) is included.
+    scored = torch.zeros(len(batch), ids.shape[1] - 2, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        scored[row, example.start - 2 : len(example.ids) - 2] = True
+    wanted = torch.cat([example.wanted for example in batch])
+    weights = torch.cat([example.weights for example in batch])
+    teacher = features[:, 1:-1][scored].float()
+    unit = teacher.std()
     inputs = features[:, :-2].float()
     inputs = inputs + (torch.rand_like(inputs) * 2 - 1) * noise * unit
     with torch.no_grad():
         embeds = target.get_input_embeddings()(ids[:, 1:-1]).float()
     with torch.autocast("cpu", torch.bfloat16):
         predicted = drafter(inputs_embeds=embeds, features=inputs).last_hidden_state[scored]
-        with torch.no_grad():
-            teacher = features[:, 1:-1][scored]
-            wanted = F.linear(teacher, head).float().softmax(dim=-1)
         scores = F.linear(predicted, head).float()
-    regression = F.smooth_l1_loss(predicted.float() / unit, teacher.float() / unit)
-    entropy = -(wanted * scores.log_softmax(dim=-1)).sum(dim=-1).mean()
-    agreement = (scores.argmax(dim=-1) == wanted.argmax(dim=-1)).float().mean()
+    regression = F.smooth_l1_loss(predicted.float() / unit, teacher / unit)
+    likelihood = (weights * scores.gather(1, wanted)).sum(dim=1)
+    entropy = (scores.logsumexp(dim=1) - likelihood).mean()
+    agreement = (scores.argmax(dim=1) == wanted[:, 0]).float().mean()
     return regression, entropy, agreement
 
 
@@ -273,10 +287,10 @@ def train(options: argparse.Namespace) -> None:
         tokenizer_fingerprint=taps_hf.tokenizer_fingerprint(tokenizer),
         training_data=options.describe,
     ).float()
-    examples = with_features(target, rows)
+    head = target.get_output_embeddings().weight[drafter.draft_token_ids].detach()
+    examples = examples_of(target, head, rows)
     held_out, examples = examples[: options.held_out], examples[options.held_out :]
     rows = rows[options.held_out :]
-    head = target.get_output_embeddings().weight[drafter.draft_token_ids].detach()
     optimizer = torch.optim.AdamW(
         drafter.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
     )
@@ -303,17 +317,15 @@ def train(options: argparse.Namespace) -> None:
         for number, batch in enumerate(
             batches(rows, options.batch_tokens, random.Random(f"{options.seed}/{epoch}"))
         ):
-            ids, features, scored = collate([examples[i] for i in batch])
-            regression, entropy, agreement = losses(
-                drafter, target, head, ids, features, scored, options.noise
-            )
+            chosen = [examples[i] for i in batch]
+            regression, entropy, agreement = losses(drafter, target, head, chosen, options.noise)
             loss = options.regression_weight * regression + options.entropy_weight * entropy
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(drafter.parameters(), options.clip)
             optimizer.step()
             schedule.step()
-            seen += int(scored.sum())
+            seen += sum(len(example.wanted) for example in chosen)
             if number % 20 == 0:
                 print(
                     f"epoch {epoch + 1}/{options.epochs} step {number}/{per_epoch} "
@@ -323,9 +335,7 @@ def train(options: argparse.Namespace) -> None:
                 )
         drafter.eval()
         with torch.no_grad():
-            found = [
-                losses(drafter, target, head, *collate([example]), 0.0) for example in held_out
-            ]
+            found = [losses(drafter, target, head, [example], 0.0) for example in held_out]
         means = [float(torch.stack(x).mean()) for x in zip(*found)]
         print(
             f"after epoch {epoch + 1}, held out: regression {means[0]:.4f} "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -112,6 +113,11 @@ class SpeculativeDecoding:
             ValueError: for a target, cache or generation mode that is not supported.
         """
         self.check(model)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            # Early 5.x versions leave it to the model to make its cache.
+            model_kwargs["past_key_values"] = DynamicCache(
+                config=model.config.get_text_config(decoder=True)
+            )
         check_call(input_ids, generation_config, model_kwargs)
         as_dict = generation_config.return_dict_in_generate
         do_sample = bool(generation_config.do_sample)

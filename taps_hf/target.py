@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import GrowingSlidingWindowLayer, InPlaceCache
 from .tree import DraftTree
+
+
+class _Recorder(nn.Module):
+    """A target's decoder that also notes down its last hidden states."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.features: torch.Tensor | None = None  # (1, N, hidden)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.decoder(*args, **kwargs)
+        self.features = output[0]
+        return output
+
+
+def _recording(model: PreTrainedModel) -> tuple[PreTrainedModel, _Recorder]:
+    """A shell around the modules of `model`, for one generation, and the recorder inside it.
+
+    What the LM head reads is wanted beside the logits, without keeping all layers' hidden states
+    and without a hook on a model that other threads may be using (before 5.2 transformers collects
+    `output_hidden_states` by patching the layers, which two threads can leave patched for good).
+    """
+    recorder = _Recorder(model.base_model)
+    shell = copy.copy(model)
+    shell.__dict__["_modules"] = {**model._modules, model.base_model_prefix: recorder}
+    # accelerate binds `forward` to the original; its hooks on the submodules stay in effect.
+    shell.__dict__.pop("forward", None)
+    return shell, recorder
 
 
 class TargetSession:
@@ -34,6 +65,7 @@ class TargetSession:
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model = model
+        self._shell, self._recorder = _recording(model)
         self.device = model.get_input_embeddings().weight.device
         if self.device.type == "meta":  # offloaded by accelerate: its hooks place the inputs
             self.device = input_ids.device
@@ -112,16 +144,15 @@ class TargetSession:
         tree = tree.to(self.device)
         past = self._cache.length
         self._stored = self._cache.stored_lengths()
-        output = self.model(
+        output = self._shell(
             input_ids=tree.tokens[None],
             attention_mask=self._tree_masks(tree, past),
             position_ids=(tree.depths + self.root_position)[None],
             past_key_values=self._cache.cache,
             use_cache=True,
-            output_hidden_states=True,
             return_dict=True,
         )
-        return output.logits[0], output.hidden_states[-1][0]
+        return output.logits[0], self._recorder.features[0]
 
     def keep(self, path: list[int]) -> None:
         """Keep the states of the nodes on `path` (the root first) and move the root on."""

@@ -9,6 +9,8 @@ import time
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
@@ -198,6 +200,8 @@ def test_a_cache_from_an_earlier_turn(family: str, only_new: bool, first_turn: s
         cache = copy.deepcopy(first.past_key_values)
         inputs, mask = history, torch.ones_like(history)
         if only_new:
+            if Version(transformers.__version__) < Version("5.2"):
+                pytest.skip("this generate wants the whole sequence along with a cache")
             inputs = history[:, cache.get_seq_length() :]
         out = target.generate(
             inputs,
