@@ -220,7 +220,11 @@ class InPlaceCache:
             if grown.is_initialized:
                 if not layer.is_initialized:
                     layer.lazy_initialization(grown.keys, grown.values)
-                layer.keys, layer.values = grown.keys.contiguous(), grown.values.contiguous()
+                # Copies, so that the buffers with their slack are not kept alive.
+                layer.keys, layer.values = (
+                    states.clone(memory_format=torch.contiguous_format)
+                    for states in (grown.keys, grown.values)
+                )
                 if isinstance(grown, GrowingSlidingWindowLayer):
                     layer.cumulative_length = grown.cumulative_length
             layers.append(layer)

@@ -82,15 +82,25 @@ class TreeCandidateGenerator(CandidateGenerator):
         Args:
             root: (1,) int64: the last emitted token.
             max_depth: no node may lie deeper; with 0 nothing is drafted.
+
+        Returns:
+            the strategy's choice, its tree on the CPU.
         """
         if max_depth < 1 or not self._sessions[0].has_context:
-            return Choice(DraftTree.root(root, len(self._sessions)), ())
+            return Choice(DraftTree.root(root.cpu(), len(self._sessions)), ())
         trees = {}
         for index in self.strategy.drafters_to_run(len(self._sessions), self.history):
             session = self._sessions[index]
-            trees[index] = self.shape.grow(session, root.to(session.device), max_depth)
-        device = root.device
-        return self.strategy.compose({i: t.to(device) for i, t in trees.items()}, self.history)
+            tree = self.shape.grow(session, root.to(session.device), max_depth)
+            # Trees are tiny, and the walk reads them on the host: they are composed there.
+            trees[index] = tree.to(torch.device("cpu"))
+        choice = self.strategy.compose(trees, self.history)
+        if not isinstance(choice, Choice):
+            raise ValueError(
+                f"{type(self.strategy).__name__}.compose returned a {type(choice).__name__}, "
+                "expected a taps_hf.Choice."
+            )
+        return choice
 
     def record(self, outcome: CycleOutcome) -> None:
         """Tell the strategy what became of its choice. Cycles without a draft are not recorded."""
@@ -116,7 +126,12 @@ class TreeCandidateGenerator(CandidateGenerator):
         if model_outputs is None:
             return input_ids, None
         new = input_ids.shape[1] - 1 - self._observed
-        self.observe(input_ids[0, -new:], model_outputs.hidden_states[-1][0, :new])
+        features = model_outputs.hidden_states[-1][0]
+        # With an earlier turn's cache there are no features for what it covers.
+        missing = max(0, new - len(features))
+        self._observed += missing
+        new -= missing
+        self.observe(input_ids[0, -new:], features[:new])
         room = input_ids.shape[1] if self.max_length is None else self.max_length
         tree = self.propose(input_ids[0, -1:], room - input_ids.shape[1] - 1).tree
         value = tree.path_confidence.nan_to_num(nan=-1.0).amax(dim=0).tolist()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .averaging import average_drafters
 from .modeling_eagle import EagleDrafter
@@ -26,13 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"taps-hf: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _average(options: argparse.Namespace) -> None:
+    if Path(options.out).is_file():
+        raise ValueError(f"`--out` is {options.out}, a file; expected a folder.")
     drafters = [EagleDrafter.from_pretrained(name) for name in options.drafters]
     average_drafters(drafters, options.weights).save_pretrained(options.out)
     print(f"Wrote {options.out}")

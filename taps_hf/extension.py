@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 from transformers import GenerationMixin, StoppingCriteriaList
@@ -46,6 +47,8 @@ def is_enabled() -> bool:
 
 def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` with `assistant_models`: bind the settings, run as a custom decoding method."""
+    names = list(inspect.signature(original).parameters)[1:]
+    kwargs = {**dict(zip(names, args)), **kwargs}
     assistant_models = kwargs.pop("assistant_models")
     settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
     if assistant_models is None:
@@ -54,12 +57,13 @@ def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) 
                 f"`assistant_models` is None, but {', '.join(settings)} was given; expected "
                 "drafters."
             )
-        return original(model, *args, **kwargs)
+        return original(model, **kwargs)
     for name in ("assistant_model", "custom_generate"):
         if kwargs.get(name) is not None:
             raise ValueError(f"`{name}` was given together with `assistant_models`, expected one.")
-    if kwargs.get("synced_gpus"):
-        raise ValueError("`synced_gpus` is True, expected False with `assistant_models`.")
+    for name in ("synced_gpus", "token_healing"):
+        if kwargs.get(name):
+            raise ValueError(f"`{name}` is True, expected False with `assistant_models`.")
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError('`cache_implementation` is "paged", expected a dynamic cache.')
 
@@ -70,30 +74,28 @@ def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) 
         tokenizer=kwargs.get("tokenizer"),
     )
     decoding.check(model)
-    kwargs = _bind_stop_strings(model, args, kwargs)
-    return original(model, *args, **kwargs, custom_generate=decoding)
+    kwargs = _bind_stop_strings(model, kwargs)
+    return original(model, **{**kwargs, "custom_generate": decoding})
 
 
-def _bind_stop_strings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Turn stop strings into a stopping criterion.
 
     With a callable decoding method `generate` drops the tokenizer that stop strings need, so what
     it would have built from them is built here.
     """
-    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    given = [kwargs.get("stop_strings"), getattr(config, "stop_strings", None)]
-    stop_strings = next((s for s in [*given, model.generation_config.stop_strings] if s), None)
-    tokenizer = kwargs.get("tokenizer")
-    if stop_strings is None or tokenizer is None:  # without a tokenizer generate itself complains
+    config, tokenizer = kwargs.get("generation_config"), kwargs.get("tokenizer")
+    of_config = getattr(config, "stop_strings", None)
+    of_model = model.generation_config.stop_strings
+    stop_strings = kwargs.get("stop_strings") or of_config or of_model
+    if not stop_strings or tokenizer is None:  # without a tokenizer generate itself complains
         return kwargs
-    if len(args) > 3:
-        raise ValueError("Pass `stopping_criteria` by keyword together with stop strings.")
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
     criteria.extend(kwargs.get("stopping_criteria") or [])
     kwargs = {**kwargs, "stopping_criteria": criteria}
-    # Keyword arguments have the last word over both configurations.
-    kwargs["stop_strings"] = None
-    if config is not None and getattr(config, "stop_strings", None) is not None and len(args) < 2:
+    if of_config:
         kwargs["generation_config"] = copy.deepcopy(config)
         kwargs["generation_config"].stop_strings = None
+    if kwargs.get("stop_strings") or of_model:
+        kwargs["stop_strings"] = None  # a keyword argument has the last word over configurations
     return kwargs

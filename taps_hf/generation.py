@@ -118,7 +118,7 @@ class SpeculativeDecoding:
             model_kwargs["past_key_values"] = DynamicCache(
                 config=model.config.get_text_config(decoder=True)
             )
-        check_call(input_ids, generation_config, model_kwargs)
+        check_call(model, input_ids, generation_config, model_kwargs)
         as_dict = generation_config.return_dict_in_generate
         do_sample = bool(generation_config.do_sample)
         verifier_class = VERIFIERS[self.verification]
@@ -163,7 +163,7 @@ class SpeculativeDecoding:
 
                 # 4. Walk: plain generate's inner loop, once per emitted token, for as long as the
                 #    tree holds the emitted token. The last token emitted has no node to go on from.
-                tree = choice.tree.to(torch.device("cpu"))
+                tree = choice.tree
                 verifier = verifier_class(tree, do_sample)
                 nodes, walked, start = [0], [], input_ids.shape[1]
                 accepted: list[list[int]] = []  # the node (or copies of it) of each draft token

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, Cache, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_eagle import EagleDrafterConfig
@@ -38,10 +38,11 @@ class EagleDrafter(PreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
-        trunk = AutoModel.from_config(
-            config.build_layer_config(),
-            attn_implementation=config._attn_implementation or "sdpa",
-        )
+        layer_config = config.build_layer_config()
+        attention = config._attn_implementation or "sdpa"
+        if attention == "sdpa" and not MODEL_MAPPING[type(layer_config)]._supports_sdpa:
+            attention = "eager"
+        trunk = AutoModel.from_config(layer_config, attn_implementation=attention)
         missing = [name for name in ("embed_tokens", "layers", "norm") if not hasattr(trunk, name)]
         if missing:
             raise ValueError(

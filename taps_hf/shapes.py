@@ -27,6 +27,11 @@ class TreeShape(ABC):
 
     follows_tokens: ClassVar[bool]
 
+    @property
+    def min_vocab_size(self) -> int:
+        """How many tokens a drafter must score for the tree to be grown."""
+        return 1
+
     @abstractmethod
     def grow(self, session: DrafterSession, root: torch.Tensor, max_depth: int) -> DraftTree:
         """Grow a tree.
@@ -107,7 +112,10 @@ class FixedTree(TreeShape):
     follows_tokens: ClassVar[bool] = False
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
-        nodes = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        try:
+            nodes = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        except TypeError:
+            raise ValueError(f"`paths` is {paths!r}, expected paths of ranks.") from None
         known = {(), *nodes}
         if not nodes or () in nodes or len(known) != len(nodes) + 1:
             raise ValueError(f"`paths` is {paths!r}, expected distinct, non-empty paths.")
@@ -126,6 +134,8 @@ class FixedTree(TreeShape):
     @classmethod
     def from_branching(cls, branching: Sequence[int]) -> FixedTree:
         """The full tree in which every node at depth d has `branching[d]` children."""
+        if not isinstance(branching, Sequence):
+            raise ValueError(f"`branching` is {branching!r}, expected a number for each depth.")
         for width in branching:
             _check_positive("FixedTree.from_branching([...])", width)
         paths: list[tuple[int, ...]] = []
@@ -134,6 +144,10 @@ class FixedTree(TreeShape):
             level = [(*path, rank) for path in level for rank in range(width)]
             paths += level
         return cls(paths)
+
+    @property
+    def min_vocab_size(self) -> int:
+        return 1 + max(path[-1] for path in self.paths)
 
     @property
     def depth(self) -> int:
@@ -176,11 +190,6 @@ class FixedTree(TreeShape):
         levels, paths, first = [], [], 1
         for depth, (parents, ranks, expanded, k) in enumerate(self._plan, start=1):
             children = session.expand(hidden, k)
-            if children.tokens.shape[1] < k:
-                raise ValueError(
-                    f"The tree asks for {k} children of a node, but the drafter scores only "
-                    f"{children.tokens.shape[1]} tokens."
-                )
             row, rank, inner = (torch.tensor(x, device=device) for x in (parents, ranks, expanded))
             level = _Level(children, nodes, depth, row, rank)
             levels.append(level)

@@ -67,11 +67,9 @@ class TargetSession:
         self.model = model
         self._shell, self._recorder = _recording(model)
         self.device = model.get_input_embeddings().weight.device
-        if self.device.type == "meta":  # offloaded by accelerate: its hooks place the inputs
-            self.device = input_ids.device
         self._prefill_chunk_size = generation_config.prefill_chunk_size
-        self._eager = model.config._attn_implementation == "eager"
         config = model.config.get_text_config(decoder=True)
+        self._eager = config._attn_implementation == "eager"
         self._window = getattr(config, "sliding_window", None)
         self._layer_types = _layer_types(config)
         mask = model_kwargs.get("attention_mask")
@@ -90,8 +88,10 @@ class TargetSession:
             )
         total = past + self._new_tokens.shape[1]
         positions = model_kwargs.get("position_ids")
-        if positions is None:
+        if positions is None:  # early 5.x versions leave them to prepare_inputs_for_generation
             positions = torch.arange(total)[None]
+            if mask is not None:
+                positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         self._positions = positions[:, -self._new_tokens.shape[1] :].to(self.device)
         self.root_position = int(self._positions[0, -1])
         # (1, prompt) bool, or None where nothing is padded.
@@ -99,7 +99,7 @@ class TargetSession:
             None if mask is None or bool(mask.all()) else mask.to(self.device).bool()
         )
         self._cache = InPlaceCache(cache)
-        self._stored: list[int] = []
+        self._stored: list[int] | None = None  # set between a pass and its `keep`
 
     def prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the prompt up to, not including, its last token (the first root).
@@ -132,7 +132,7 @@ class TargetSession:
         found = torch.cat(features)
         if self._prompt_mask is not None:
             real = self._prompt_mask[0, -self._new_tokens.shape[1] :][:-1]
-            following, found = following[real], found[real]
+            following, found = following[real], found[real.to(found.device)]
         return following, found
 
     def verify(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,10 +157,16 @@ class TargetSession:
     def keep(self, path: list[int]) -> None:
         """Keep the states of the nodes on `path` (the root first) and move the root on."""
         self._cache.keep(self._stored, path)
+        self._stored = None
         self.root_position += len(path)
 
     def release(self) -> None:
-        """Give the cache back to its owner in transformers' own form."""
+        """Give the cache back to its owner in transformers' own form.
+
+        After an error between a pass and its `keep`, without anything of that pass.
+        """
+        if self._stored is not None:
+            self._cache.keep(self._stored, [])
         self._cache.release()
 
     def _tree_masks(
@@ -175,12 +181,11 @@ class TargetSession:
         if len(tree) == 1 and self._prompt_mask is None and self._window is None:
             return None
         ancestors = tree.ancestors()
-        visible = ancestors.new_ones(len(tree), past)
+        full = torch.cat([ancestors.new_ones(len(tree), past), ancestors], dim=1)
         if self._prompt_mask is not None:
             # What was emitted since is real. At first the root is the prompt's own last token.
-            known = min(past, self._prompt_mask.shape[1])
-            visible[:, :known] = self._prompt_mask[:, :known]
-        full = torch.cat([visible, ancestors], dim=1)
+            known = min(past + 1, self._prompt_mask.shape[1])
+            full[:, :known] &= self._prompt_mask[:, :known]
         masks = {}
         for layer_type, layer_index in self._layer_types.items():
             mask = full

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -107,7 +107,8 @@ class DraftTrace:
         """For each depth d: of the cycles that accepted depth d - 1, the share that accepted d.
 
         Cycles count only where the generation went on past depth d - 1, so that a stop in the
-        middle of a path is not taken for a rejection.
+        middle of a path is not taken for a rejection; a path that ends in a leaf of the tree is.
+        Depths below 1 at which nothing was ever accepted are left out.
         """
         reached: Counter[int] = Counter()
         accepted: Counter[int] = Counter()
@@ -165,8 +166,8 @@ class SpeculativeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
 class Stopwatch:
     """Splits the time of a cycle into phases.
 
-    On CUDA it records events and resolves them at the end, so that measuring does not make the host
-    wait for the device.
+    On CUDA it records events, so that a phase is timed where its work is done and not where it was
+    asked for. Reading the seconds waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -228,5 +229,6 @@ def trace_cycle(
         tuple(copies[0] for copies in accepted),
         tuple(emitted),
         *seconds,
-        tree=tree if keep_tree else None,
+        # Without the distributions behind sampled trees: a row of the vocabulary for each node.
+        tree=replace(tree, proposals=None) if keep_tree else None,
     )

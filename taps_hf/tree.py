@@ -106,7 +106,10 @@ class DraftTree:
         return self.entropy[:, 1:].nanmean(dim=1)
 
     def to(self, device: torch.device) -> DraftTree:
-        """The tree on another device (itself if it is there already)."""
+        """The tree on another device (itself if it is there already).
+
+        The large `proposals.probabilities` stay where they are: few of their rows are ever read.
+        """
         if self.tokens.device == device:
             return self
         moved = {
@@ -115,9 +118,11 @@ class DraftTree:
             if isinstance(value, torch.Tensor)
         }
         if self.proposals is not None:
-            moved["proposals"] = SampledProposals(
-                **{name: value.to(device) for name, value in vars(self.proposals).items()}
-            )
+            indices = {
+                name: getattr(self.proposals, name).to(device)
+                for name in ("parents", "children", "rows")
+            }
+            moved["proposals"] = replace(self.proposals, **indices)
         return replace(self, **moved)
 
     def select(self, nodes: torch.Tensor) -> DraftTree:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ _KNOWN_MODEL_KWARGS = {
     "position_ids",
     "use_cache",
 }
+_FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -43,7 +45,7 @@ def named_drafters(
     if isinstance(assistant_models, EagleDrafter):
         assistant_models = [assistant_models]
     if isinstance(assistant_models, Mapping):
-        named = dict(assistant_models)
+        named = {str(name): drafter for name, drafter in assistant_models.items()}
     elif isinstance(assistant_models, Sequence) and not isinstance(assistant_models, str):
         named = {}
         for i, drafter in enumerate(assistant_models):
@@ -74,7 +76,14 @@ def check_settings(
             f"`tree` is {tree!r}, expected a tree shape such as taps_hf.DynamicTree(depth=5, "
             "top_k=8, num_nodes=24)."
         )
-    if verification not in VERIFIERS:
+    for name, drafter in drafters.items():
+        scored = drafter.config.draft_vocab_size or drafter.config.vocab_size
+        if scored < tree.min_vocab_size:
+            raise ValueError(
+                f"`tree` asks for {tree.min_vocab_size} children of a node, but drafter {name!r} "
+                f"scores only {scored} tokens."
+            )
+    if not isinstance(verification, str) or verification not in VERIFIERS:
         raise ValueError(
             f"`verification` is {verification!r}, expected one of {', '.join(sorted(VERIFIERS))}."
         )
@@ -104,13 +113,15 @@ def check_target(model: PreTrainedModel) -> None:
     kind = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"The target is an encoder-decoder model ({kind}), expected decoder-only.")
-    attention = model.config._attn_implementation
+    config = model.config.get_text_config(decoder=True)
+    if config is not model.config:
+        raise ValueError(f"The target ({kind}) is multimodal, expected a text-only causal model.")
+    attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(
             f"The target's attention implementation is {attention!r}, which takes no tree mask; "
             'expected "sdpa" or "eager" (model.set_attn_implementation("sdpa")).'
         )
-    config = model.config.get_text_config(decoder=True)
     odd = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if odd or getattr(config, "attention_chunk_size", None):
         found = ", ".join(sorted(odd)) or "chunked_attention"
@@ -132,7 +143,8 @@ def check_drafter(name: str, drafter: EagleDrafter, model: PreTrainedModel) -> N
     """Check that a drafter fits a target.
 
     Raises:
-        ValueError: if hidden size or vocabulary differ, or the target's head cannot be read.
+        ValueError: if hidden size or vocabulary differ, the target's embedding or head cannot be
+            read, or the drafter would draft at random.
     """
     config = model.config.get_text_config(decoder=True)
     trained_for = drafter.config.target_name_or_path or "another target"
@@ -143,12 +155,14 @@ def check_drafter(name: str, drafter: EagleDrafter, model: PreTrainedModel) -> N
                 f"Drafter {name!r} has `{field}` {found}, but the target's is {expected}: it was "
                 f"made for {trained_for}."
             )
-    head = model.get_output_embeddings().weight
-    if drafter.draft_token_ids is not None and head.device.type == "meta":
-        raise ValueError(
-            f"Drafter {name!r} has a draft vocabulary, but the target's LM head is offloaded; "
-            "expected a `device_map` that keeps the head on a device."
-        )
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module.weight.device.type == "meta":
+            raise ValueError(
+                "The target's embedding or LM head is offloaded, but drafters read both; expected "
+                "a `device_map` that keeps them on a device."
+            )
+    if drafter.training and getattr(drafter.trunk.config, "attention_dropout", 0.0):
+        raise ValueError(f"Drafter {name!r} is in training mode with dropout; call its eval().")
 
 
 def check_tokenizer(
@@ -162,7 +176,9 @@ def check_tokenizer(
     expected = {d.config.tokenizer_fingerprint for d in drafters.values()} - {None}
     if not expected:
         return
-    found = tokenizer_fingerprint(tokenizer)
+    if tokenizer not in _FINGERPRINTS:  # half a second for a large vocabulary: not in every call
+        _FINGERPRINTS[tokenizer] = tokenizer_fingerprint(tokenizer)
+    found = _FINGERPRINTS[tokenizer]
     for name, drafter in drafters.items():
         recorded = drafter.config.tokenizer_fingerprint
         if recorded not in (None, found):
@@ -173,7 +189,10 @@ def check_tokenizer(
 
 
 def check_call(
-    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> None:
     """Check what `generate` prepared for this call.
 
@@ -215,4 +234,31 @@ def check_call(
         )
     if not generation_config.use_cache:
         raise ValueError("`use_cache` is False, expected True with `assistant_models`.")
-    check_cache(model_kwargs.get("past_key_values"))
+    cache = model_kwargs.get("past_key_values")
+    check_cache(cache)
+    _check_rotary(model, max(input_ids.shape[1], cache.get_seq_length()), generation_config)
+
+
+def _check_rotary(model: PreTrainedModel, length: int, generation_config: GenerationConfig) -> None:
+    """Refuse runs in which plain generate would change the rotary frequencies on the way.
+
+    They follow the length of a pass ("dynamic" and "longrope" scaling), and passes over trees have
+    other lengths.
+    """
+    config = model.config.get_text_config(decoder=True)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    for rope in [scaling] if "rope_type" in scaling else scaling.values():
+        kind = rope.get("rope_type")
+        limit = config.max_position_embeddings
+        if kind == "dynamic" and length >= limit:
+            raise ValueError(
+                f"The target's positions are scaled dynamically beyond {limit} tokens and the "
+                f"prompt has {length}; expected fewer than {limit} with `assistant_models`."
+            )
+        limit = rope.get("original_max_position_embeddings") or limit
+        if kind == "longrope" and length <= limit + 1 and generation_config.max_length > limit:
+            raise ValueError(
+                f"The target's positions are scaled differently beyond {limit} tokens (longrope), "
+                f"and this run would go from {length} to {generation_config.max_length}; expected "
+                "`max_length` on the same side with `assistant_models`."
+            )

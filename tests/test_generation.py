@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import time
 
@@ -153,7 +154,6 @@ def test_nothing_is_drafted_beyond_a_limit():
             assert length - 1 + emitted + depth < target.config.max_position_embeddings
             emitted += len(cycle.emitted)
         assert emitted == new
-        assert out.draft_trace.cycles[-1].drafters == () or depth > 0
 
 
 def test_beyond_the_maximum_positions_goes_on_like_plain_generate():
@@ -280,10 +280,10 @@ def test_device_map(tmp_path):
     assert torch.equal(plain, ours)
 
 
-def test_two_threads_with_the_same_models():
+def test_threads_with_the_same_models():
     """Contract 4: nothing of a running generation lives on the target or on a drafter."""
     target, expected, found = tiny_target(), {}, {}
-    for seed in range(2):
+    for seed in range(4):
         expected[seed] = target.generate(prompt(seed=seed), max_new_tokens=60, do_sample=False)
 
     def run(seed: int) -> None:
@@ -292,12 +292,19 @@ def test_two_threads_with_the_same_models():
             for _ in range(2)
         ]
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in range(2):
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # many more chances to get into each other's way
+    try:
+        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not any("forward" in vars(module) for module in target.modules())
+    for seed in range(4):
+        assert len(found[seed]) == 2
         assert all(torch.equal(expected[seed], out) for out in found[seed])
 
 
@@ -330,16 +337,62 @@ def test_memory_does_not_grow_over_generations():
     assert tensors() <= before
 
 
-def test_an_error_in_the_middle_gives_the_cache_back():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_in_the_middle_gives_the_cache_back(family: str):
     class Breaks(Recorder):
         def put(self, value):
             super().put(value)
             if len(self.received) > 5:
                 raise RuntimeError("the listener left")
 
-    cache = DynamicCache(config=tiny_target().config)
-    with pytest.raises(RuntimeError, match="listener"):
-        tiny_target().generate(
-            prompt(), max_new_tokens=20, past_key_values=cache, streamer=Breaks(), **speculative()
-        )
-    assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+    target = tiny_target(family)
+    caches = []
+    for extra in ({}, {"assistant_models": tiny_drafters(2, family), "tree": WIDE}):
+        caches.append(DynamicCache(config=target.config))
+        with pytest.raises(RuntimeError, match="listener"):
+            target.generate(
+                prompt(),
+                max_new_tokens=20,
+                do_sample=False,
+                past_key_values=caches[-1],
+                streamer=Breaks(),
+                **extra,
+            )
+    plain, ours = caches
+    # Of the pass that broke off nothing is left; what is there is what plain generate has.
+    length = ours.get_seq_length()
+    assert 8 <= length <= plain.get_seq_length()
+    for mine, theirs in zip(ours.layers, plain.layers):
+        assert type(mine) is type(theirs)
+        shared = min(mine.keys.shape[2], theirs.keys.shape[2])
+        first = plain.get_seq_length() - length
+        theirs_keys = theirs.keys[:, :, : theirs.keys.shape[2] - first]
+        if shared > first:
+            torch.testing.assert_close(
+                mine.keys[:, :, -(shared - first) :],
+                theirs_keys[:, :, -(shared - first) :],
+                atol=1e-4,
+                rtol=1e-4,
+            )
+
+
+def test_positional_arguments():
+    """As in plain generate: inputs, generation_config, logits_processor, stopping_criteria, ..."""
+    recorder = Recorder()
+    config = GenerationConfig(max_new_tokens=12, do_sample=False)
+    criteria = StoppingCriteriaList([])
+    args = (prompt(), config, None, criteria, None, None, None, recorder)
+    plain = tiny_target().generate(prompt(), config)
+    assert torch.equal(plain, tiny_target().generate(*args, **speculative()))
+    assert (len(recorder.received), recorder.ended) == (13, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("hidden", [[0, 1], [3], [2, 5, 6], [8], [7, 8]], ids=str)
+def test_masks_with_holes_and_right_padding(family: str, hidden: list[int]):
+    mask = torch.ones_like(prompt())
+    mask[0, hidden] = 0
+    common = {"attention_mask": mask, "max_new_tokens": 15, "do_sample": False}
+    plain = tiny_target(family).generate(prompt(), **common)
+    extra = {"assistant_models": tiny_drafters(2, family), "tree": WIDE}
+    assert torch.equal(plain, tiny_target(family).generate(prompt(), **common, **extra))

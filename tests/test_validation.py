@@ -6,7 +6,14 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, MptConfig, MptForCausalLM, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    MptConfig,
+    MptForCausalLM,
+    StaticCache,
+)
 
 import taps_hf
 from tests.test_generation import tokenizer  # noqa: F401 (a fixture)
@@ -19,7 +26,8 @@ def refused(match: str, target=None, inputs=None, **kwargs):
     target = target or tiny_target()
     kwargs.setdefault("assistant_models", tiny_drafters(2))
     passes = []
-    handle = target.register_forward_pre_hook(lambda *_: passes.append(1))
+    # Both prefill and passes over trees go through the decoder.
+    handle = target.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     try:
         with pytest.raises(ValueError, match=match):
             target.generate(prompt() if inputs is None else inputs, max_new_tokens=5, **kwargs)
@@ -48,8 +56,79 @@ def test_trees_and_verification():
     for strategy in ("confidence", "entropy", taps_hf.Merged(num_nodes=5)):
         refused("choosing among them", strategy=strategy, tree=CHAIN, verification="rejection")
 
+    refused(r"`verification` is \['walk'\]", verification=["walk"])
+    narrow = tiny_drafters(1, draft_vocab=3)
+    refused(
+        "asks for 4 children .* scores only 3",
+        tree=taps_hf.FixedTree.from_branching([4]),
+        assistant_models=narrow,
+    )
+    for wrong in ([0, 1], None):
+        with pytest.raises(ValueError, match="expected paths of ranks"):
+            taps_hf.FixedTree(wrong)
+    with pytest.raises(ValueError, match="`branching` is 3"):
+        taps_hf.FixedTree.from_branching(3)
+    with pytest.raises(ValueError, match="`num_nodes` is 'concatenate'"):
+        taps_hf.Merged("concatenate")
+
+
+def test_a_strategy_that_returns_something_else():
+    class Wrong(taps_hf.Strategy):
+        def compose(self, trees, history):
+            return next(iter(trees.values()))
+
+    with pytest.raises(ValueError, match=r"Wrong\.compose returned a DraftTree"):
+        tiny_target().generate(
+            prompt(), max_new_tokens=5, assistant_models=tiny_drafters(1), strategy=Wrong()
+        )
+
+
+@pytest.mark.parametrize(
+    ("rope", "fits", "refused_"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, (9, 40), (30, 5)),
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 24,
+                "factor": 10.0,
+            },
+            (9, 15),
+            (9, 25),
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_rotary_frequencies_that_follow_the_length(rope, fits, refused_):
+    config = copy.deepcopy(tiny_target().config)
+    config.max_position_embeddings = 30
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    # Dynamic frequencies are kept on the model: a new one for each call.
+    targets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        targets.append(AutoModelForCausalLM.from_config(config).eval())
+    length, new = fits
+    plain = targets[0].generate(prompt(length), max_new_tokens=new, do_sample=False)
+    ours = targets[1].generate(
+        prompt(length), max_new_tokens=new, do_sample=False, assistant_models=tiny_drafters(2)
+    )
+    assert torch.equal(plain, ours)
+    length, new = refused_
+    with pytest.raises(ValueError, match="positions are scaled"):
+        targets[1].generate(prompt(length), max_new_tokens=new, assistant_models=tiny_drafters(2))
+
+
+def test_a_drafter_in_training_mode_with_dropout():
+    drafter = copy.deepcopy(tiny_drafters(1)[0]).train()
+    drafter.trunk.config.attention_dropout = 0.1
+    refused(r"training mode with dropout; call its eval\(\)", assistant_models=[drafter])
+
 
 def test_arguments_that_exclude_each_other():
+    refused("`token_healing` is True", token_healing=True)
     refused("`assistant_model` was given together", assistant_model=tiny_target())
     refused("`custom_generate` was given together", custom_generate=lambda *_: None)
     refused("`synced_gpus` is True", synced_gpus=True)

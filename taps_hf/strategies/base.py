@@ -41,10 +41,15 @@ class Strategy(ABC):
     needs_entropy: ClassVar[bool] = False
     """Whether trees must carry draft entropies."""
 
-    supports_sampled_proposals: ClassVar[bool] = False
-    """Whether decisions are independent of which tokens were sampled. Only such strategies may be
-    used with `verification="rejection"`: choosing between sampled trees by what was sampled changes
-    the distribution of the proposals, and the rejection rule would no longer be exact."""
+    @property
+    def supports_sampled_proposals(self) -> bool:
+        """Whether decisions are independent of which tokens were sampled.
+
+        Only such strategies may be used with `verification="rejection"`: choosing between sampled
+        trees by what was sampled changes the distribution of the proposals, and the rejection rule
+        would no longer be exact.
+        """
+        return False
 
     def check(self, num_drafters: int) -> None:  # noqa: B027 (most strategies take any number)
         """Raise `ValueError` if the strategy cannot work with this many drafters."""

@@ -28,11 +28,15 @@ class Merged(Strategy):
     def __post_init__(self) -> None:
         if self.packing not in ("union", "concatenate"):
             raise ValueError(f"`packing` is {self.packing!r}, expected 'union' or 'concatenate'.")
-        if self.num_nodes is not None and self.num_nodes < 1:
-            raise ValueError(f"`num_nodes` is {self.num_nodes}, expected None or at least 1.")
+        if self.num_nodes is not None and (
+            not isinstance(self.num_nodes, int) or self.num_nodes < 1
+        ):
+            raise ValueError(
+                f"`num_nodes` is {self.num_nodes!r}, expected None or a positive integer."
+            )
 
     @property
-    def supports_sampled_proposals(self) -> bool:  # type: ignore[override]
+    def supports_sampled_proposals(self) -> bool:
         """A node budget would choose among sampled tokens."""
         return self.num_nodes is None
 

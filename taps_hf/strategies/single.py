@@ -19,13 +19,17 @@ class Single(Strategy):
     """
 
     index: int = 0
-    supports_sampled_proposals = True
+
+    @property
+    def supports_sampled_proposals(self) -> bool:
+        """Nothing is chosen."""
+        return True
 
     def check(self, num_drafters: int) -> None:
-        if not 0 <= self.index < num_drafters:
+        if not isinstance(self.index, int) or not 0 <= self.index < num_drafters:
             raise ValueError(
-                f"Single(index={self.index}) was given {num_drafters} drafters, expected an index "
-                f"from 0 to {num_drafters - 1}."
+                f"Single(index={self.index!r}) was given {num_drafters} drafters, expected an "
+                f"index from 0 to {num_drafters - 1}."
             )
 
     def drafters_to_run(
