@@ -288,8 +288,6 @@ def train(options: argparse.Namespace) -> None:
         training_data=options.describe,
     ).float()
     head = target.get_output_embeddings().weight[drafter.draft_token_ids].detach()
-    examples = examples_of(target, head, rows)
-    held_out, examples = examples[: options.held_out], examples[options.held_out :]
     rows = rows[options.held_out :]
     optimizer = torch.optim.AdamW(
         drafter.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
@@ -311,8 +309,12 @@ def train(options: argparse.Namespace) -> None:
         schedule.load_state_dict(state["schedule"])
         first = state["epoch"]
         print(f"going on after epoch {first}")
+    last = min(options.epochs, options.stop_after or options.epochs)
+    if first < last:
+        examples = examples_of(target, head, held_out + rows)
+        held_out_examples, examples = examples[: len(held_out)], examples[len(held_out) :]
     began, seen = time.time(), 0
-    for epoch in range(first, options.epochs):
+    for epoch in range(first, last):
         drafter.train()
         for number, batch in enumerate(
             batches(rows, options.batch_tokens, random.Random(f"{options.seed}/{epoch}"))
@@ -335,7 +337,7 @@ def train(options: argparse.Namespace) -> None:
                 )
         drafter.eval()
         with torch.no_grad():
-            found = [losses(drafter, target, head, [example], 0.0) for example in held_out]
+            found = [losses(drafter, target, head, [example], 0.0) for example in held_out_examples]
         means = [float(torch.stack(x).mean()) for x in zip(*found)]
         print(
             f"after epoch {epoch + 1}, held out: regression {means[0]:.4f} "
@@ -384,6 +386,12 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--limit", type=int)
     two.add_argument("--held-out", type=int, default=64)
     two.add_argument("--epochs", type=int, default=6)
+    two.add_argument(
+        "--stop-after",
+        type=int,
+        metavar="N",
+        help="write the drafter after epoch N; the learning rate still follows --epochs",
+    )
     two.add_argument("--batch-tokens", type=int, default=4096)
     two.add_argument("--lr", type=float, default=2e-3)
     two.add_argument("--weight-decay", type=float, default=0.01)
