@@ -31,7 +31,7 @@ def _recording(model: PreTrainedModel) -> tuple[PreTrainedModel, _Recorder]:
     """A shell around the modules of `model`, for one generation, and the recorder inside it.
 
     What the LM head reads is wanted beside the logits, without keeping all layers' hidden states
-    and without a hook on a model that other threads may be using (before 5.2 transformers collects
+    and without a hook on a model that other threads may be using (transformers 5.0 collects
     `output_hidden_states` by patching the layers, which two threads can leave patched for good).
     """
     recorder = _Recorder(model.base_model)
