@@ -266,9 +266,11 @@ def test_chains_and_branchings_of_nonsense_are_refused(bad):
         FixedTree.from_branching([])
 
 
-def test_more_children_than_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"asks for 5 children .* scores only 4 tokens"):
-        Reference(draft_vocab=4).grow(FixedTree.from_branching([5]))
+def test_a_shape_says_how_many_tokens_must_be_scored():
+    shape = FixedTree.from_branching([2, 4])
+    assert shape.min_vocab_size == 4
+    assert len(Reference(draft_vocab=4).grow(shape)) == 1 + 2 + 8
+    assert DynamicTree(top_k=9).min_vocab_size == 1  # takes as many as there are
 
 
 def test_fixed_trees_are_equal_when_their_paths_are():
