@@ -51,6 +51,10 @@ class _Buffer:
             self.data[:, :, base : base + count] = self.data[:, :, base + rows]
         self.end = base + count
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep `rows` of the batch."""
+        self.data = self.data[rows]
+
 
 class _GrowingMixin:
     """What growing layers add to transformers' dynamic layers."""
@@ -84,6 +88,13 @@ class _GrowingMixin:
         for buffer in self._buffers:
             buffer.keep(past, rows, count)
         self._refresh()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep those rows of the batch; int64 of shape (rows,)."""
+        if self.is_initialized:
+            for buffer in self._buffers:
+                buffer.select(indices.to(self.keys.device))
+            self._refresh()
 
 
 class GrowingLayer(_GrowingMixin, DynamicLayer):
@@ -211,6 +222,11 @@ class InPlaceCache:
         past = past + [0] * (len(self.cache.layers) - len(past))
         for layer, stored in zip(self.cache.layers, past):
             layer.keep(stored, index, count)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep those rows of the batch; int64 of shape (rows,)."""
+        for layer in self.cache.layers:
+            layer.batch_select_indices(rows)
 
     def release(self) -> None:
         """Give the cache its own kind of layers back, holding exactly the kept states."""

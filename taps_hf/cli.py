@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from .averaging import average_drafters
 from .modeling_eagle import EagleDrafter
+from .training.commands import add_regenerate, add_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     average.add_argument("--out", required=True, help="folder to write")
     average.set_defaults(run=_average)
+    add_regenerate(commands)
+    add_train(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

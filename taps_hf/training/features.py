@@ -1,0 +1,188 @@
+"""The target's features: computed in batches, or kept in a store on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+_BYTES = 2  # of a bfloat16
+
+
+class FeatureStore:
+    """Features on disk, found by the token ids they belong to.
+
+    Rows are appended and never changed. A row is there once its length has been written, which
+    happens last, so an interrupted write leaves nothing but bytes that the next one overwrites.
+
+    Args:
+        folder: made if it does not exist. It holds `meta.json`, `features.bin` (bfloat16, row after
+            row, (tokens, hidden)), `tokens.bin` (int32) and `lengths.bin` (int32).
+        target: name of the model whose features these are.
+        hidden_size: width of the features.
+
+    Raises:
+        ValueError: if the folder holds features of another target or width.
+    """
+
+    def __init__(self, folder: str | Path, target: str, hidden_size: int) -> None:
+        self.folder = Path(folder)
+        self.hidden_size = hidden_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        meta = {"target": target, "hidden_size": hidden_size, "dtype": "bfloat16"}
+        file = self.folder / "meta.json"
+        if not file.exists():
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(meta, indent=2) + "\n")
+            os.replace(temporary, file)
+        elif json.loads(file.read_text()) != meta:
+            raise ValueError(f"{self.folder} holds features of {file.read_text()}, expected {meta}")
+        for name in ("features", "tokens", "lengths"):
+            self._file(name).touch()
+        self._offsets: dict[bytes, int] = {}
+        self.num_tokens = 0
+        self._index()
+
+    def __contains__(self, input_ids: Sequence[int]) -> bool:
+        return _digest(input_ids) in self._offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def read(self, input_ids: Sequence[int]) -> torch.Tensor:
+        """The features of a row: (len(input_ids), hidden) bfloat16.
+
+        Raises:
+            KeyError: if the row is not in the store.
+        """
+        offset = self._offsets[_digest(input_ids)]
+        count = len(input_ids) * self.hidden_size
+        with self._file("features").open("rb") as file:
+            file.seek(offset * self.hidden_size * _BYTES)
+            flat = torch.frombuffer(bytearray(file.read(count * _BYTES)), dtype=torch.bfloat16)
+        return flat.view(-1, self.hidden_size)
+
+    def append(self, rows: Iterable[tuple[Sequence[int], torch.Tensor]]) -> None:
+        """Add rows of (input ids, features of shape (len(input ids), hidden))."""
+        rows = [(ids, features) for ids, features in rows if ids not in self]
+        if not rows:
+            return
+        for ids, features in rows:
+            if features.shape != (len(ids), self.hidden_size):
+                raise ValueError(
+                    f"Features of shape {tuple(features.shape)} were given, expected "
+                    f"{(len(ids), self.hidden_size)}."
+                )
+        parts = {
+            "features": torch.cat([x.to("cpu", torch.bfloat16) for _, x in rows]).view(torch.int16),
+            "tokens": torch.tensor([token for ids, _ in rows for token in ids], dtype=torch.int32),
+            "lengths": torch.tensor([len(ids) for ids, _ in rows], dtype=torch.int32),
+        }
+        ends = {
+            "features": self.num_tokens * self.hidden_size * _BYTES,
+            "tokens": self.num_tokens * 4,
+            "lengths": self._num_rows * 4,
+        }
+        for name, values in parts.items():
+            with self._file(name).open("r+b") as file:
+                file.seek(ends[name])
+                file.write(values.contiguous().numpy().tobytes())
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
+        for ids, _ in rows:
+            self._offsets[_digest(ids)] = self.num_tokens
+            self.num_tokens += len(ids)
+        self._num_rows += len(rows)
+
+    def check_room(self, num_tokens: int) -> int:
+        """Bytes that so many more tokens take.
+
+        Raises:
+            ValueError: if the disk has less room than that.
+        """
+        needed = num_tokens * (self.hidden_size * _BYTES + 4)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"The features of {num_tokens} tokens take {needed / 1e9:.1f} GB, but "
+                f"{self.folder} has room for {free / 1e9:.1f} GB; train without a feature store."
+            )
+        return needed
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
+
+    def _index(self) -> None:
+        tokens = self._file("tokens").read_bytes()
+        lengths = self._file("lengths").read_bytes()
+        lengths = lengths[: len(lengths) // 4 * 4]
+        self._num_rows = len(lengths) // 4
+        for length in memoryview(lengths).cast("i") if lengths else ():
+            start, end = self.num_tokens * 4, (self.num_tokens + length) * 4
+            self._offsets[hashlib.sha256(tokens[start:end]).digest()] = self.num_tokens
+            self.num_tokens += length
+
+
+def _digest(input_ids: Sequence[int]) -> bytes:
+    return hashlib.sha256(torch.tensor(input_ids, dtype=torch.int32).numpy().tobytes()).digest()
+
+
+@torch.no_grad()
+def features_of(
+    target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The target's last hidden states, what its LM head reads.
+
+    Args:
+        input_ids: (batch, length) int64, padded on the right.
+        attention_mask: (batch, length), 0 at padding; None where nothing is padded. Causal
+            attention already keeps padding on the right out of every real token's sight.
+
+    Returns:
+        (batch, length, hidden) in the target's dtype.
+    """
+    return target.base_model(
+        input_ids=input_ids.to(target.device),
+        attention_mask=None if attention_mask is None else attention_mask.to(target.device),
+        use_cache=False,
+    ).last_hidden_state
+
+
+def fill_store(
+    store: FeatureStore,
+    target: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    batch_tokens: int = 8192,
+) -> None:
+    """Compute and keep the features of those rows that the store lacks, with a progress bar.
+
+    Args:
+        rows: token ids of each row.
+        batch_tokens: about how many tokens, padding included, one pass of the target takes.
+
+    Raises:
+        ValueError: before the first pass, if the disk is too small.
+    """
+    missing = sorted({tuple(ids) for ids in rows if ids not in store}, key=lambda ids: -len(ids))
+    total = sum(map(len, missing))
+    needed = store.check_room(total)
+    if not missing:
+        return
+    title = f"features ({needed / 1e9:.2f} GB)"
+    with tqdm(total=total, unit="token", desc=title) as progress:
+        while missing:
+            count = max(1, batch_tokens // len(missing[0]))
+            batch, missing = missing[:count], missing[count:]
+            longest = len(batch[0])
+            padded = torch.tensor([list(ids) + [0] * (longest - len(ids)) for ids in batch])
+            found = features_of(target, padded)
+            store.append((ids, row[: len(ids)]) for ids, row in zip(batch, found))
+            progress.update(sum(map(len, batch)))

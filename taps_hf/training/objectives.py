@@ -1,0 +1,304 @@
+"""What drafters are trained to minimise: the EAGLE and the HASS objective.
+
+Slot t of a drafter reads (token t + 1, feature t) and predicts feature t + 1, from which the
+target's head scores token t + 2. It is *scored* where token t + 2 belongs to an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from ..modeling_eagle import EagleDrafter
+from .features import features_of
+
+IGNORED = -100  # label of a token that no drafter is asked to foresee
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Which losses, with which weights. The defaults are EAGLE's, for large targets.
+
+    Args:
+        steps: how many tokens deep the drafter drafts in training. 1 is EAGLE; more is HASS's
+            harmonised context alignment (arXiv 2408.15766, section 3.2; 3 there).
+        regression_weight: of the smooth-L1 distance between predicted and true features (EAGLE,
+            arXiv 2401.15077, section 3.2).
+        token_weight: of the cross-entropy against the target's whole distribution (the same).
+        top_k_weight: of the cross-entropy against the target's `top_k` likeliest tokens (HASS,
+            section 3.1: -sum q log p; 1.0 there).
+        top_k: how many those are (10 there).
+        noise: half-width of the uniform noise added to the target's features that the drafter
+            reads while training (EAGLE, section 4; in units of the features).
+    """
+
+    steps: int = 1
+    regression_weight: float = 1.0
+    token_weight: float = 0.1
+    top_k_weight: float = 0.0
+    top_k: int = 10
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in [("steps", 1), ("top_k", 1)]:
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected {least} or more.")
+        for name in ("regression_weight", "token_weight", "top_k_weight", "noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more.")
+        if not self.regression_weight + self.token_weight + self.top_k_weight:
+            raise ValueError("All weights of the objective are 0, expected one above.")
+
+    @classmethod
+    def named(cls, name: str, **changes: float | int) -> ObjectiveOptions:
+        """`eagle` or `hass` as published, with some values changed.
+
+        Raises:
+            ValueError: for another name.
+        """
+        published = {"eagle": {}, "hass": {"steps": 3, "top_k_weight": 1.0}}
+        if name not in published:
+            raise ValueError(f"`objective` is {name!r}, expected one of {list(published)}.")
+        return cls(**{**published[name], **changes})
+
+
+class FrozenTarget:
+    """What training needs of the target, outside of any module that is trained or saved.
+
+    Args:
+        target: the model, frozen.
+        drafter: the drafter, for the tokens it scores.
+    """
+
+    def __init__(self, target: PreTrainedModel, drafter: EagleDrafter) -> None:
+        self.model = target
+        self.embedding = target.get_input_embeddings()
+        head = target.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        self.head_weight = head.weight.detach()
+        self.head_bias = None if bias is None else bias.detach()
+        if drafter.draft_token_ids is not None:
+            rows = drafter.draft_token_ids.to(self.head_weight.device)
+            self.head_weight = self.head_weight[rows]
+            self.head_bias = None if self.head_bias is None else self.head_bias[rows]
+        self.token_ids = drafter.draft_token_ids
+
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits over the tokens the drafter scores, float32, from features (..., hidden)."""
+        weight, bias = self.head_weight, self.head_bias
+        return F.linear(features.to(weight.dtype), weight, bias).float()
+
+
+def harmonised_steps(
+    drafter: EagleDrafter, embeds: torch.Tensor, features: torch.Tensor, steps: int
+) -> Iterator[torch.Tensor]:
+    """Predictions when drafting 1, 2, ... `steps` tokens deep, at every slot at once.
+
+    Step j at slot p is what the drafter computes at the j-th node of a chain that starts from the
+    true features up to slot p - j + 1 and follows the true tokens. It reads its own prediction
+    from step j - 1 at slot p - 1; its attention sees true slots up to p - j + 1, and behind them
+    the slot p - j + i of each step i < j: the slots that chain would have left in the cache
+    (HASS, harmonised context alignment). Every step's slots are appended to one key-value cache
+    and a mask picks among them, so this runs the modules that drafting runs. The authors' training
+    code instead multiplies attention logits by 0 or 1 and masks again after the softmax without
+    normalising anew; inference does neither.
+
+    As there, gradients do not flow through the features handed from step to step.
+
+    Args:
+        embeds: (batch, slots, hidden): embeddings of the next tokens.
+        features: (batch, slots, hidden): true features.
+        steps: how deep.
+
+    Yields:
+        (batch, slots, hidden) for each step. The first j - 1 slots of step j start no chain.
+    """
+    batch, slots = embeds.shape[:2]
+    device = embeds.device
+    if steps == 1:
+        yield drafter(inputs_embeds=embeds, features=features).last_hidden_state
+        return
+    cache = DynamicCache(config=drafter.trunk.config)
+    positions = torch.arange(slots, device=device)[None].expand(batch, -1)
+    query = torch.arange(slots, device=device)[:, None]
+    key = torch.arange(slots, device=device)[None]
+    inputs = features
+    for step in range(1, steps + 1):
+        mask = None  # causal
+        if step > 1:
+            visible = [key <= query - step + 1]
+            visible += [key == query - step + i for i in range(2, step + 1)]
+            mask = torch.cat(visible, dim=1)[None, None].expand(batch, 1, -1, -1)
+            if drafter.trunk.config._attn_implementation == "eager":
+                lowest = torch.finfo(embeds.dtype).min
+                mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, lowest)
+        hidden = drafter(
+            inputs_embeds=embeds,
+            features=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+        ).last_hidden_state
+        yield hidden
+        inputs = torch.cat([features[:, :1], hidden[:, :-1].detach().to(features.dtype)], dim=1)
+
+
+def scored_slots(labels: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Which slots are scored at each step: (batch, length - 2) bool, one for each step.
+
+    At step j those whose chain of j drafted tokens lies within one answer.
+
+    Args:
+        labels: (batch, length) int64: token ids, `IGNORED` outside of answers.
+    """
+    first = labels[:, 2:] != IGNORED
+    scored = [first]
+    for _ in range(1, steps):
+        shifted = F.pad(scored[-1][:, :-1], (1, 0), value=False)
+        scored.append(first & shifted)
+    return scored
+
+
+class DraftObjective(nn.Module):
+    """A drafter with the loss it is trained on; in evaluation mode, with what is measured.
+
+    Args:
+        drafter: the model that is trained.
+        frozen: the target's side, not part of this module's state.
+        options: which losses.
+        evaluation_depth: length of the drafts that are replayed in evaluation.
+    """
+
+    # Read by transformers' Trainer: the loss divides by the number of labels by itself.
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self,
+        drafter: EagleDrafter,
+        frozen: FrozenTarget,
+        options: ObjectiveOptions,
+        evaluation_depth: int = 5,
+    ) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.options = options
+        self.evaluation_depth = evaluation_depth
+        self._frozen = (frozen,)  # in a tuple: its tensors are the target's
+
+    @property
+    def frozen(self) -> FrozenTarget:
+        """The target's side."""
+        return self._frozen[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        features: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Losses of a batch.
+
+        Args:
+            input_ids: (batch, length) int64, padded on the right.
+            labels: (batch, length) int64, `IGNORED` where nothing is scored; so are the first two.
+            features: (batch, length - 1, hidden): the target's, of all tokens but the last;
+                computed here if None.
+            num_items_in_batch: what sums over tokens are divided by; by default the labels here.
+
+        Returns:
+            `loss`, and in training the sums `regression`, `token` and `top_k`, detached, in
+            evaluation `counts` (see [`replay`]).
+        """
+        if features is None:
+            features = features_of(self.frozen.model, input_ids[:, :-1])
+        dtype = self.drafter.dtype
+        true = features[:, :-1].to(dtype)
+        with torch.no_grad():
+            embeds = self.frozen.embedding(input_ids[:, 1:-1]).to(dtype)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != IGNORED).sum()
+        if not self.training:
+            return self._evaluate(embeds, true, features, input_ids, labels)
+        if self.options.noise:
+            true = true + (torch.rand_like(true) * 2 - 1) * self.options.noise
+        sums = dict.fromkeys(("regression", "token", "top_k"), features.new_zeros((), dtype=dtype))
+        steps = harmonised_steps(self.drafter, embeds, true, self.options.steps)
+        for hidden, scored in zip(steps, scored_slots(labels, self.options.steps)):
+            found = self._losses(hidden[scored], features[:, 1:][scored])
+            sums = {name: value + found[name] for name, value in sums.items()}
+        weights = {name: getattr(self.options, f"{name}_weight") for name in sums}
+        divisor = num_items_in_batch * self.options.steps
+        loss = sum(weights[name] * value for name, value in sums.items()) / divisor
+        return {"loss": loss, **{name: value.detach() for name, value in sums.items()}}
+
+    def _losses(self, predicted: torch.Tensor, true: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Sums over n slots, of predicted and true features (n, hidden)."""
+        zero = predicted.new_zeros((), dtype=torch.float32)
+        losses = dict.fromkeys(("regression", "token", "top_k"), zero)
+        if self.options.regression_weight:
+            distance = F.smooth_l1_loss(predicted.float(), true.float(), reduction="none")
+            losses["regression"] = distance.mean(dim=1).sum()
+        if not (self.options.token_weight or self.options.top_k_weight):
+            return losses
+        with torch.no_grad():
+            wanted = self.frozen.scores(true).softmax(dim=1)
+        log_p = self.frozen.scores(predicted).log_softmax(dim=1)
+        if self.options.token_weight:
+            losses["token"] = -(wanted * log_p).sum()
+        if self.options.top_k_weight:
+            likeliest = wanted.topk(min(self.options.top_k, wanted.shape[1]), dim=1)
+            losses["top_k"] = -(likeliest.values * log_p.gather(1, likeliest.indices)).sum()
+        return losses
+
+    def _evaluate(
+        self,
+        embeds: torch.Tensor,
+        true: torch.Tensor,
+        features: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        depth = self.evaluation_depth
+        scored = scored_slots(labels, depth)
+        hits = []
+        for step, hidden in enumerate(harmonised_steps(self.drafter, embeds, true, depth)):
+            best = self.frozen.scores(hidden[scored[step]]).argmax(dim=1)
+            if self.frozen.token_ids is not None:
+                best = self.frozen.token_ids[best]
+            hit = torch.zeros_like(scored[step])
+            hit[scored[step]] = best == input_ids[:, 2:][scored[step]]
+            hits.append(hit)
+            if step == 0:
+                found = self._losses(hidden[scored[0]], features[:, 1:][scored[0]])
+        counts = replay(hits, scored[0])
+        weights = {name: getattr(self.options, f"{name}_weight") for name in found}
+        loss = sum(weights[name] * value for name, value in found.items())
+        return {"loss": loss / counts[0].clamp(min=1), "counts": counts[None]}
+
+
+def replay(hits: list[torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
+    """What chains of drafts would have had accepted, had one started at every scored slot.
+
+    Args:
+        hits: for each depth j, (batch, slots) bool: whether the token drafted by step j at a slot
+            is the true one.
+        scored: (batch, slots) bool: slots a chain can start from.
+
+    Returns:
+        (1 + depths,) float32: chains, and of these those accepted to depth 1, 2, ... or deeper.
+        The sum of the latter over the former is the accepted length.
+    """
+    counts = [scored.sum()]
+    alive = scored
+    for hit in hits:
+        # A chain that started at slot p is at slot p + j - 1 at step j.
+        alive = alive & hit
+        counts.append(alive.sum())
+        alive = F.pad(alive[:, :-1], (1, 0), value=False)
+    return torch.stack(counts).float()

@@ -1,0 +1,143 @@
+"""What can be asked of a training run: defaults, recipe files, the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .conversations import DataSource
+from .objectives import ObjectiveOptions
+
+OBJECTIVES = ("eagle", "hass")
+
+
+def _option(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides what a training run does. Defaults: EAGLE's, for large targets.
+
+    Raises:
+        ValueError: for values that no run can have.
+    """
+
+    target: str = _option("embedded", "folder or Hub name; `embedded` is the SmolLM2 of quickstart")
+    data: list[str] = _option([], "files of JSON lines or Hub data sets: NAME, NAME:ROWS, NAME:N%%")
+    out: str = _option("", "folder to write the drafter to")
+    objective: str = _option("eagle", "eagle or hass, as published")
+    init_from: str | None = _option(None, "drafter to start from (HASS starts from EAGLE's)")
+    eval_data: list[str] = _option([], "more sources of which the held-out rows are measured")
+    held_out: float = _option(0.02, "share of all rows, the same ones in every run, not trained on")
+    eval_rows: int = _option(200, "held-out rows of each source that are measured")
+    eval_depth: int = _option(5, "length of the drafts replayed in evaluation")
+    max_length: int = _option(2048, "tokens; longer examples are cut")
+    draft_vocab: int | None = _option(None, "tokens the drafter scores: the answers' most frequent")
+    input_norm: bool = _option(False, "normalise the layer's input, as EAGLE's checkpoints don't")
+    fc_bias: bool = _option(False, "give the projection of [embedding; feature] a bias")
+    features: list[str] = _option([], "feature stores; the first is filled with what is missing")
+    steps: int | None = _option(None, "how deep is drafted in training (eagle 1, hass 3)")
+    regression_weight: float | None = _option(None, "of the feature regression (1.0)")
+    token_weight: float | None = _option(None, "of the cross-entropy (0.1)")
+    top_k_weight: float | None = _option(None, "of top-K distillation (eagle 0, hass 1.0)")
+    top_k: int | None = _option(None, "K of top-K distillation (10)")
+    noise: float | None = _option(None, "half-width of the uniform noise on features (0.1)")
+    epochs: float = _option(20.0, "passes over the data")
+    max_steps: int = _option(-1, "optimiser steps, instead of epochs")
+    batch_size: int = _option(2, "examples a device takes at once")
+    gradient_accumulation: int = _option(1, "batches between two optimiser steps")
+    learning_rate: float = _option(3e-5, "highest, after the warm-up")
+    schedule: str = _option("linear", "any of transformers' learning rate schedules")
+    warmup: float = _option(0.05, "share of the steps")
+    weight_decay: float = _option(0.0, "of AdamW")
+    beta2: float = _option(0.95, "of AdamW")
+    clip: float = _option(0.5, "norm that gradients are clipped to")
+    evaluations: int = _option(10, "evaluations and checkpoints in the whole run")
+    dtype: str = _option("bfloat16", "of the target")
+    mixed_precision: bool = _option(True, "autocast to bfloat16; the drafter's weights are float32")
+    device: str | None = _option(None, "cpu or cuda (default: cuda where there is one)")
+    threads: int | None = _option(None, "CPU threads (default: torch's)")
+    report_to: str = _option("none", "tensorboard, wandb, ... or none")
+    seed: int = _option(0, "of weights, noise and order")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("`data` is empty, expected at least one source.")
+        if not self.out:
+            raise ValueError("`out` is empty, expected a folder to write.")
+        if Path(self.out).is_file():
+            raise ValueError(f"`out` is {self.out}, a file; expected a folder.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"`objective` is {self.objective!r}, expected one of {OBJECTIVES}.")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"`held_out` is {self.held_out}, expected a share between 0 and 1.")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"`dtype` is {self.dtype!r}, expected bfloat16, float16 or float32.")
+        least = {"eval_rows": 1, "eval_depth": 1, "max_length": 4, "batch_size": 1}
+        least |= {"gradient_accumulation": 1, "evaluations": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected {number} or more.")
+        self.objective_options()
+        self.sources()
+
+    def objective_options(self) -> ObjectiveOptions:
+        """The objective by its name, with what was changed."""
+        names = [f.name for f in dataclasses.fields(ObjectiveOptions)]
+        changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        return ObjectiveOptions.named(self.objective, **changes)
+
+    def sources(self) -> list[DataSource]:
+        """The data asked for."""
+        return [DataSource.parse(text) for text in self.data]
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add a flag for every field of a dataclass; flags not given leave nothing behind."""
+    types = typing.get_type_hints(options)
+    for item in dataclasses.fields(options):
+        kind = types[item.name]
+        extra: dict[str, Any] = {}
+        if typing.get_origin(kind) is list:
+            extra["nargs"] = "*"
+            kind = typing.get_args(kind)[0]
+        elif kind is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            kind = next(iter(typing.get_args(kind)), kind)  # of an optional type
+        if kind is not bool:
+            extra["type"] = kind
+        default = item.default if item.default_factory is dataclasses.MISSING else []
+        help_text = item.metadata["help"]
+        if default not in (None, "", []):
+            help_text += f" (default: {default})".replace("%", "%%")
+        parser.add_argument(
+            "--" + item.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **extra
+        )
+
+
+def train_options(given: Mapping[str, Any], recipe: Path | None = None) -> TrainOptions:
+    """Options out of a recipe (YAML, the fields of [`TrainOptions`]) and what overrides it.
+
+    Raises:
+        ValueError: for a recipe that is no mapping or has a field that does not exist, and as
+            [`TrainOptions`].
+    """
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        values = yaml.safe_load(recipe.read_text())
+        known = {item.name for item in dataclasses.fields(TrainOptions)}
+        if not isinstance(values, dict) or set(values) - known:
+            odd = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{recipe} has {odd}, expected fields among {sorted(known)}.")
+    return TrainOptions(**{**values, **given})

@@ -1,0 +1,318 @@
+"""The target's own answers to prompts: what a drafter should learn to foresee.
+
+Own loop rather than `generate`: rows that have ended leave the batch, the cache grows in place, and
+the features, which `generate` would compute and forget, can be kept for training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cache import InPlaceCache
+from .conversations import (
+    DataReport,
+    DataSource,
+    UnusableRowError,
+    messages_of,
+    prompt_of,
+    read_mixture,
+)
+from .encoding import encode_prompt
+from .features import FeatureStore
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the target wrote.
+
+    Args:
+        tokens: ids, ending with an end-of-sequence token unless the answer was cut.
+        features: (prompt + answer - 1, hidden) or None: the last hidden states of every token but
+            the last one, which was never read.
+    """
+
+    tokens: list[int]
+    features: torch.Tensor | None
+
+
+@torch.inference_mode()
+def answer_batch(
+    target: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_ids: set[int],
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    keep_features: bool = False,
+) -> list[Answer]:
+    """Answer tokenised prompts together.
+
+    Args:
+        prompts: token ids of each prompt.
+        max_new_tokens: longest answer.
+        end_ids: tokens that end an answer.
+        temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
+        generator: where random numbers come from, on the target's device.
+        keep_features: also return the features of prompts and answers.
+    """
+    device = target.device
+    decoder, head = target.base_model, target.get_output_embeddings()
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)], device=device)
+    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts)], device=device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache = InPlaceCache(DynamicCache(config=target.config.get_text_config(decoder=True)))
+    answers: list[list[int]] = [[] for _ in prompts]
+    features: list[list[torch.Tensor]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # which prompt a row of the shrinking batch belongs to
+    while True:
+        hidden = decoder(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache.cache,
+            use_cache=True,
+        ).last_hidden_state
+        tokens = _choose(head(hidden[:, -1]).float(), temperature, generator)
+        going = []
+        for row, token in enumerate(tokens.tolist()):
+            index = rows[row]
+            answer = answers[index]
+            if answer and answer[-1] in end_ids:
+                continue  # ended, but still in the batch
+            if keep_features:
+                real = hidden[row, padding[index] :] if not answer else hidden[row]
+                features[index].append(real.to("cpu", torch.bfloat16, copy=True))
+            answer.append(token)
+            if token not in end_ids:
+                going.append(row)
+        if not going or len(answers[rows[going[0]]]) == max_new_tokens:
+            break
+        if len(going) < 0.85 * len(rows):  # dropping rows copies the cache: not every time
+            kept = torch.tensor(going, device=device)
+            cache.select_rows(kept)
+            tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
+            rows = [rows[row] for row in going]
+        ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [
+        Answer(answer, torch.cat(parts) if keep_features else None)
+        for answer, parts in zip(answers, features)
+    ]
+
+
+def _choose(
+    logits: torch.Tensor, temperature: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """(batch,) int64 tokens from (batch, vocabulary) float32 logits."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # The Gumbel trick rather than multinomial, which is slow for many rows on a CPU.
+    noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+    return (logits / temperature - noise).argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class RegenerateOptions:
+    """How prompts are drawn and answered.
+
+    Args:
+        max_prompt_tokens: longer prompts are left out, and counted.
+        max_new_tokens: longest answer.
+        temperature: 0 for greedy answers.
+        batch_size: prompts answered together.
+        chunk_size: prompts between two writes to disk; within one, prompts of like length are
+            batched together.
+        seed: of the order of the rows, of which question of a conversation is asked, and of
+            sampled answers.
+    """
+
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    batch_size: int = 64
+    chunk_size: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least 1.")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` is {self.temperature}, expected 0 or more.")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    index: int
+    messages: list[dict[str, str]]
+    ids: list[int]
+    where: str
+
+
+def regenerate(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[DataSource],
+    out: Path,
+    options: RegenerateOptions,
+    store: FeatureStore | None = None,
+) -> DataReport:
+    """Have the target answer the questions of `sources`; appends JSON lines to `out`.
+
+    A line has `messages` (the answer last), `input_ids` and `answer_start` (the exact tokens),
+    `finish_reason` (`stop` or `length`), `source` and `index`. A run that was stopped goes on where
+    it was, with the same answers, if it is started with the same arguments.
+
+    Args:
+        store: where to keep the features the target computed on the way.
+
+    Raises:
+        ValueError: if `out` was written with other options or another target, or the sources
+            cannot be read.
+    """
+    report = DataReport()
+    rows = read_mixture(sources, report, options.seed)
+    done = _resume(out, target, sources, options)
+    end_ids = end_of_turn_ids(target, tokenizer)
+    with tqdm(total=len(rows), unit="prompt", desc=out.name) as progress:
+        for start in range(0, len(rows), options.chunk_size):
+            prompts = []
+            for index in range(start, min(start + options.chunk_size, len(rows))):
+                row = rows[index]
+                # Drawn for every row, also on a run that goes on, so that the draws are the same.
+                rng = random.Random(f"{options.seed}/{index}")
+                try:
+                    messages = prompt_of(messages_of(row.fields), rng)
+                    ids = encode_prompt(tokenizer, messages)
+                    if len(ids) > options.max_prompt_tokens:
+                        raise UnusableRowError(
+                            f"a prompt of more than {options.max_prompt_tokens} tokens"
+                        )
+                except UnusableRowError as problem:
+                    report.count(str(problem), row.where)
+                    continue
+                report.used += 1
+                prompts.append(_Prompt(index, messages, ids, row.source))
+            if start >= done:
+                generator = torch.Generator(target.device).manual_seed(options.seed * 10**6 + start)
+                answers = _answer_chunk(target, prompts, end_ids, options, generator, store)
+                if store is not None:  # first, so that no answer on disk lacks its features
+                    store.append(
+                        (p.ids + a.tokens[:-1], a.features) for p, a in zip(prompts, answers)
+                    )
+                _write(out, tokenizer, prompts, answers, end_ids, start + options.chunk_size)
+            progress.update(min(options.chunk_size, len(rows) - start))
+    return report
+
+
+def end_of_turn_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which the target's answers end."""
+    ends = target.generation_config.eos_token_id
+    ids = set(ends) if isinstance(ends, list) else {ends}
+    return {token for token in ids | {tokenizer.eos_token_id} if token is not None}
+
+
+def _answer_chunk(
+    target: PreTrainedModel,
+    prompts: list[_Prompt],
+    end_ids: set[int],
+    options: RegenerateOptions,
+    generator: torch.Generator,
+    store: FeatureStore | None,
+) -> list[Answer]:
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    for first in range(0, len(order), options.batch_size):
+        batch = order[first : first + options.batch_size]
+        found = answer_batch(
+            target,
+            [prompts[i].ids for i in batch],
+            options.max_new_tokens,
+            end_ids,
+            options.temperature,
+            generator,
+            keep_features=store is not None,
+        )
+        answers.update(zip(batch, found))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _state_file(out: Path) -> Path:
+    return out.with_name(out.name + ".state.json")
+
+
+def _resume(
+    out: Path, target: PreTrainedModel, sources: Sequence[DataSource], options: RegenerateOptions
+) -> int:
+    """How many rows were dealt with before; cuts off what a stopped run left half written."""
+    asked = {
+        "target": target.config.name_or_path,
+        "sources": [[Path(s.name).name, s.count, s.share] for s in sources],
+        "options": dict(vars(options)),
+    }
+    file = _state_file(out)
+    if not file.exists():
+        if out.exists() and out.stat().st_size:
+            raise ValueError(f"{out} exists, but {file.name} does not; expected a new file.")
+        _replace(file, {"asked": asked, "done": 0, "bytes": 0})
+        out.touch()
+        return 0
+    state = json.loads(file.read_text())
+    if state["asked"] != asked:
+        raise ValueError(f"{out} was begun with {state['asked']}, expected the same as {asked}.")
+    with out.open("r+b") as written:
+        written.truncate(state["bytes"])
+    return state["done"]
+
+
+def _write(
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[_Prompt],
+    answers: list[Answer],
+    end_ids: set[int],
+    done: int,
+) -> None:
+    with out.open("a") as file:
+        file.writelines(_lines(tokenizer, prompts, answers, end_ids))
+        file.flush()
+        os.fsync(file.fileno())
+    state = json.loads(_state_file(out).read_text())
+    _replace(_state_file(out), {**state, "done": done, "bytes": out.stat().st_size})
+
+
+def _lines(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[_Prompt],
+    answers: list[Answer],
+    end_ids: set[int],
+) -> Iterator[str]:
+    for prompt, answer in zip(prompts, answers):
+        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        row = {
+            "messages": [*prompt.messages, {"role": "assistant", "content": text}],
+            "input_ids": [*prompt.ids, *answer.tokens],
+            "answer_start": len(prompt.ids),
+            "finish_reason": "stop" if answer.tokens[-1] in end_ids else "length",
+            "source": prompt.where,
+            "index": prompt.index,
+        }
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _replace(file: Path, content: dict) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, file)

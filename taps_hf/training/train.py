@@ -1,0 +1,255 @@
+"""A training run, from rows to a drafter in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..configuration_eagle import tokenizer_fingerprint
+from ..modeling_eagle import EagleDrafter
+from .conversations import DataReport, DataSource, read_mixture
+from .encoding import Example, encode_rows
+from .features import FeatureStore, fill_store
+from .objectives import DraftObjective, FrozenTarget
+from .options import TrainOptions
+from .regenerate import end_of_turn_ids
+from .target import check_target, load_target
+from .trainer import DrafterTrainer, ExampleDataset, coverage, frequent_tokens
+
+
+def train(options: TrainOptions) -> dict[str, float]:
+    """Train a drafter and write it to `options.out`, in bfloat16.
+
+    Checkpoints lie beside it, in `<out>.checkpoints`; a run that was stopped goes on from the last
+    one if it is started with the same options.
+
+    Returns:
+        what was measured on held-out rows, of the best checkpoint, which is the one written.
+
+    Raises:
+        ValueError: before work starts, for data, a target or options that cannot be used.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # Probabilities this small change nothing and slow a CPU's softmax down several times.
+    torch.set_flush_denormal(True)
+    work = Path(options.out.rstrip("/") + ".checkpoints")
+    arguments = _arguments(options, work)
+    with arguments.main_process_first(local=False, desc="options"):
+        _remember(options, work)
+    target, tokenizer = load_target(
+        options.target, getattr(torch, options.dtype), str(arguments.device)
+    )
+    check_target(target)
+    examples, held_out = _read(options, target, tokenizer)
+    say = print if arguments.process_index == 0 else _silent
+    drafter = _drafter(options, target, tokenizer, examples)
+    if drafter.draft_token_ids is not None:
+        for name, rows in held_out.items():
+            say(
+                f"draft vocabulary of {len(drafter.draft_token_ids)}: "
+                f"{coverage(rows, drafter.draft_token_ids):.2%} of {name}'s held-out answers"
+            )
+    stores: list[FeatureStore] = []
+    if options.features:
+        with arguments.main_process_first(local=False, desc="features"):
+            stores = _stores(options, target, [examples, *held_out.values()])
+    objective = DraftObjective(
+        drafter, FrozenTarget(target, drafter), options.objective_options(), options.eval_depth
+    ).to(arguments.device)
+    trainer = DrafterTrainer(
+        model=objective,
+        args=arguments,
+        train_dataset=ExampleDataset(examples, stores),
+        eval_dataset={name: ExampleDataset(rows, stores) for name, rows in held_out.items()},
+    )
+    arguments.eval_steps = arguments.save_steps = _interval(options, arguments, len(examples))
+    scored = sum(sum(example.is_answer) for example in examples)
+    say(f"{len(examples)} examples, {scored} tokens of answers; checkpoints in {work}")
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    measured: dict[str, float] = {}
+    for name, dataset in trainer.eval_dataset.items():
+        measured |= trainer.evaluate(dataset, metric_key_prefix=name)
+    kept = ("top_1", "accepted_length", "chains")
+    measured = {k: v for k, v in measured.items() if k.endswith(kept)}
+    if arguments.process_index == 0:
+        _save(drafter, Path(options.out))
+        record = {"options": asdict(options), "measured": measured, "examples": len(examples)}
+        _write_json(work / "training.json", {**record, "answer_tokens": scored})
+        say(f"wrote {options.out}: " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+    return measured
+
+
+def _silent(*_: object) -> None:
+    """Say nothing: only the main process speaks."""
+
+
+def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
+    first = Path(options.sources()[0].name).name
+    return TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,  # below 1: a share of the steps
+        weight_decay=options.weight_decay,
+        adam_beta2=options.beta2,
+        max_grad_norm=options.clip,
+        bf16=options.mixed_precision,
+        use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
+        eval_strategy="steps",
+        save_strategy="steps",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_{first}_accepted_length",
+        greater_is_better=True,
+        logging_steps=20,
+        report_to=options.report_to,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=options.seed,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _interval(options: TrainOptions, arguments: TrainingArguments, examples: int) -> int:
+    """Steps between two evaluations."""
+    batch = arguments.train_batch_size * arguments.world_size * options.gradient_accumulation
+    steps = options.max_steps
+    if steps < 0:
+        steps = math.ceil(math.ceil(examples / batch) * options.epochs)
+    return max(1, steps // options.evaluations)
+
+
+def _remember(options: TrainOptions, work: Path) -> None:
+    """Keep the options with the checkpoints; refuse to go on with others.
+
+    Raises:
+        ValueError: if the folder holds checkpoints of a run with other options.
+    """
+    file = work / "options.json"
+    asked = asdict(options)
+    del asked["threads"]  # may differ from run to run
+    if file.exists():
+        begun = json.loads(file.read_text())
+        changed = {k: (begun.get(k), v) for k, v in asked.items() if begun.get(k) != v}
+        if changed:
+            raise ValueError(
+                f"{work} was begun with other options, (then, now): {changed}; expected the same, "
+                "or another `out`."
+            )
+    else:
+        work.mkdir(parents=True, exist_ok=True)
+        _write_json(file, asked)
+
+
+def _read(
+    options: TrainOptions, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], dict[str, list[Example]]]:
+    """Training examples, and the held-out ones of each source."""
+    ends = end_of_turn_ids(target, tokenizer)
+    report = DataReport()
+    rows = read_mixture(options.sources(), report, options.seed)
+    examples = encode_rows(tokenizer, rows, options.max_length, report, ends)
+    print(report)
+    training = [x for x in examples if not is_held_out(x, options.held_out)]
+    held_out = {}
+    names = [*options.data, *options.eval_data]
+    for source in [DataSource.parse(text) for text in names]:
+        name = Path(source.name).name
+        if name in held_out:
+            raise ValueError(f"{name} is given twice; expected sources with different names.")
+        rows = read_mixture([DataSource(source.name)], DataReport(), options.seed)
+        found = encode_rows(tokenizer, rows, options.max_length, DataReport(), ends)
+        found = [x for x in found if is_held_out(x, options.held_out)]
+        held_out[name] = found[: options.eval_rows]
+    empty = [name for name, found in held_out.items() if not found]
+    if not training or empty:
+        raise ValueError(
+            f"{len(training)} rows are left to train on, and none is held out of {empty}; expected "
+            "more data, or another `held_out`."
+        )
+    return training, held_out
+
+
+def is_held_out(example: Example, share: float) -> bool:
+    """Whether a row is kept out of training: by its tokens, so alike in every run and mixture."""
+    text = ",".join(map(str, example.input_ids)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < share * 2**64
+
+
+def _drafter(
+    options: TrainOptions,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+) -> EagleDrafter:
+    backbone = "eagle2" if options.objective == "eagle" else "hass"
+    names = [str(Path(text).name) for text in options.data]
+    if options.init_from is not None:
+        drafter = EagleDrafter.from_pretrained(options.init_from, dtype=torch.float32)
+        if drafter.config.hidden_size != target.get_input_embeddings().weight.shape[1]:
+            raise ValueError(
+                f"`init_from` is a drafter of width {drafter.config.hidden_size}, expected the "
+                f"target's, {target.get_input_embeddings().weight.shape[1]}."
+            )
+        drafter.config.backbone, drafter.config.training_data = backbone, names
+        return drafter.train()
+    tokens = None
+    if options.draft_vocab is not None:
+        size = target.get_output_embeddings().weight.shape[0]
+        tokens = frequent_tokens(examples, options.draft_vocab, size)
+    torch.manual_seed(options.seed)
+    drafter = EagleDrafter.from_target(
+        target,
+        draft_token_ids=tokens,
+        fc_bias=options.fc_bias,
+        input_norm=options.input_norm,
+        backbone=backbone,
+        target_name_or_path=target.config.name_or_path,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        training_data=names,
+    )
+    return drafter.float().train()
+
+
+def _stores(
+    options: TrainOptions, target: PreTrainedModel, parts: Sequence[Sequence[Example]]
+) -> list[FeatureStore]:
+    width = target.config.get_text_config(decoder=True).hidden_size
+    stores = [
+        FeatureStore(folder, target.config.name_or_path, width) for folder in options.features
+    ]
+    rows = [example.input_ids[:-1] for part in parts for example in part]
+    missing = [ids for ids in rows if not any(ids in store for store in stores)]
+    fill_store(stores[0], target, missing)
+    return stores
+
+
+def _save(drafter: EagleDrafter, out: Path) -> None:
+    """Write the folder whole or not at all."""
+    temporary = out.with_name(out.name + ".tmp")
+    drafter.to(torch.bfloat16).save_pretrained(temporary)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in temporary.iterdir():
+        os.replace(file, out / file.name)
+    temporary.rmdir()
+
+
+def _write_json(file: Path, content: dict) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, file)

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from taps_hf import EagleDrafter
+from taps_hf.cli import main
+from taps_hf.training.encoding import Example
+from taps_hf.training.options import TrainOptions, train_options
+from taps_hf.training.train import is_held_out, train
+
+from ..tiny import tiny_target
+from .chat import CHATML, chat_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A target with a tokenizer, and answers in two files."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny_target().save_pretrained(folder / "target")
+    chat_tokenizer(CHATML).save_pretrained(folder / "target")
+    rng = random.Random(0)
+    for name in ("math", "chat"):
+        rows = []
+        for _ in range(60):
+            words = [f"t{rng.randrange(5, 15)}" for _ in range(rng.randrange(3, 9))]
+            rows.append({"instruction": " ".join(words), "output": " ".join(words[::-1])})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def options(folder, tmp_path) -> TrainOptions:
+    return TrainOptions(
+        target=str(folder / "target"),
+        data=[str(folder / "math.jsonl")],
+        out=str(tmp_path / "drafter"),
+        held_out=0.2,
+        eval_depth=3,
+        epochs=2,
+        batch_size=4,
+        learning_rate=1e-2,
+        evaluations=4,
+        dtype="float32",
+        mixed_precision=False,
+        device="cpu",
+    )
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return EagleDrafter.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("objective", ["eagle", "hass"])
+def test_training_writes_a_drafter_that_got_better(options, folder, objective, capsys):
+    options = replace(
+        options,
+        objective=objective,
+        draft_vocab=12,
+        eval_data=[str(folder / "chat.jsonl")],
+        token_weight=1.0,
+        epochs=8,
+    )
+    measured = train(options)
+    drafter = EagleDrafter.from_pretrained(options.out)
+    assert drafter.config.backbone == {"eagle": "eagle2", "hass": "hass"}[objective]
+    assert drafter.config.training_data == ["math.jsonl"]
+    assert len(drafter.draft_token_ids) == 12
+    assert drafter.dtype == torch.bfloat16
+    assert sorted(file.name for file in Path(options.out).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    target = transformers.AutoModelForCausalLM.from_pretrained(folder / "target")
+    ids = torch.tensor([[3, 5, 6, 4]])
+    plain = target.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert target.generate(
+        ids, max_new_tokens=12, do_sample=False, pad_token_id=0, assistant_models=[drafter.float()]
+    ).equal(plain)
+    work = Path(options.out + ".checkpoints")
+    (last,) = [x for x in work.glob("checkpoint-*") if x.name.endswith(str(_steps(work)))]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_math.jsonl_loss"] for entry in history if "eval_math.jsonl_loss" in entry]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert {k.rpartition(".jsonl_")[0] for k in measured} == {"math", "chat"}
+    record = json.loads((work / "training.json").read_text())
+    assert record["measured"] == measured
+    said = capsys.readouterr().out
+    assert "60 rows used" in said
+    assert "draft vocabulary of 12: " in said
+
+
+def _steps(work: Path) -> int:
+    return max(int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*"))
+
+
+class Stop(TrainerCallback):
+    """Interrupts a run after a step, between two checkpoints."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_stopped_run_ends_with_the_same_bits(options, tmp_path, monkeypatch, stored):
+    whole = replace(options, features=[str(tmp_path / "features")] if stored else [])
+    stopped = replace(whole, out=str(tmp_path / "stopped"))
+    train(whole)
+    from taps_hf.training import train as module
+
+    trainer = module.DrafterTrainer
+    monkeypatch.setattr(
+        module, "DrafterTrainer", lambda **kwargs: trainer(callbacks=[Stop(17)], **kwargs)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    assert not Path(stopped.out).exists()
+    monkeypatch.undo()
+    torch.rand(7)  # another state of the generator than the one it was stopped in
+    train(stopped)
+    expected, found = weights(whole.out), weights(stopped.out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"begun with other options.*learning_rate"):
+        train(replace(stopped, learning_rate=1e-3))
+
+
+def test_training_goes_on_from_a_drafter(options, tmp_path):
+    train(replace(options, draft_vocab=10))
+    hass = replace(
+        options, out=str(tmp_path / "hass"), objective="hass", init_from=options.out, max_steps=4
+    )
+    train(replace(hass, learning_rate=1e-9, schedule="constant"))
+    found, expected = weights(hass.out), weights(options.out)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
+    assert EagleDrafter.from_pretrained(hass.out).config.backbone == "hass"
+
+
+def test_held_out_rows_are_the_same_in_every_mixture():
+    rows = [Example((i, i + 1, 3), (False, True, True)) for i in range(4000)]
+    share = sum(is_held_out(row, 0.1) for row in rows) / len(rows)
+    assert share == pytest.approx(0.1, abs=0.02)
+    few, more = ({row for row in rows if is_held_out(row, x)} for x in (0.05, 0.1))
+    assert few < more
+
+
+def test_two_processes_train_the_model_that_one_trains(options, folder, tmp_path):
+    """Half the batch each, the same steps.
+
+    On GPUs `accelerate launch` starts torch's launcher; on CPUs it needs MPI, so that launcher
+    is used here as it is.
+    """
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"target: {options.target}\ndata: [{options.data[0]}]\nheld_out: 0.2\nepochs: 1\n"
+        "learning_rate: 0.01\nevaluations: 1\ndtype: float32\nmixed_precision: false\n"
+        "device: cpu\nnoise: 0.0\nobjective: hass\neval_depth: 2\n"
+    )
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"by-{processes}"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc_per_node", str(processes)]
+        command = ["-m", "taps_hf.cli", "train", "--recipe", str(recipe), "--out", str(out)]
+        command += ["--batch-size", str(4 // processes)]
+        done = subprocess.run(launch + command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("wrote ") == 1
+        found.append((weights(out), json.loads(_record(out))["measured"]))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-2, atol=1e-3)
+    assert found[0][1]["math.jsonl_chains"] <= found[1][1]["math.jsonl_chains"]
+
+
+def _record(out: Path) -> str:
+    return Path(f"{out}.checkpoints", "training.json").read_text()
+
+
+def test_recipes_are_overridden_by_what_is_given(tmp_path, options):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: [a.jsonl]\nout: x\nobjective: hass\nnoise: 0.3\nepochs: 3\n")
+    found = train_options({"epochs": 4.0, "out": "y"}, recipe)
+    assert (found.data, found.out, found.epochs) == (["a.jsonl"], "y", 4.0)
+    assert (found.objective_options().steps, found.objective_options().noise) == (3, 0.3)
+    for text in ("data: [a]\nfrobnicate: 1\n", "- a\n"):
+        recipe.write_text(text)
+        with pytest.raises(ValueError, match="expected fields among"):
+            train_options({}, recipe)
+
+
+def test_bad_input_is_refused_before_work(options, folder, tmp_path, capsys):
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            train(replace(options, **changes))
+
+    refused("`data` is empty", data=[])
+    refused("`out` is empty", out="")
+    refused("a file", out=str(folder / "math.jsonl"))
+    refused("expected one of", objective="medusa")
+    refused("`held_out` is 1.5", held_out=1.5)
+    refused("`batch_size` is 0", batch_size=0)
+    refused("`dtype` is", dtype="int8")
+    refused("is given twice", eval_data=options.data)
+    refused("`draft_vocab` is 17", draft_vocab=17, out=str(tmp_path / "a"))
+    refused("none is held out", held_out=1e-9, out=str(tmp_path / "b"))
+    assert main(["train", "--data", "none.jsonl", "--out", str(tmp_path / "c")]) == 2
+    assert "does not exist" in capsys.readouterr().err
