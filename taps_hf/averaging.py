@@ -15,6 +15,7 @@ _FREE_FIELDS = {
     "architectures",
     "dtype",
     "backbone",
+    "draft_vocab_size",
     "target_name_or_path",
     "training_data",
     "transformers_version",
@@ -27,10 +28,11 @@ def average_drafters(
     """A drafter whose parameters are the weighted mean of others' (TAPS, equation 11).
 
     theta = sum over i of weights[i] * theta_i, computed in float32 and stored in the dtype of the
-    first drafter.
+    first drafter. No parameter belongs to a token of the vocabulary, so drafters that score different
+    tokens can be averaged too: the average scores those that any of them scores.
 
     Args:
-        drafters: at least two of the same architecture and draft vocabulary.
+        drafters: at least two of the same architecture.
         weights: one for each, summing to 1; equal weights by default.
 
     Raises:
@@ -53,11 +55,14 @@ def average_drafters(
             raise ValueError(
                 f"The drafters differ in {', '.join(differing)}; expected the same architecture."
             )
-        if first.draft_token_ids is not None and not torch.equal(
-            first.draft_token_ids, other.draft_token_ids.to(first.device)
-        ):
-            raise ValueError("The drafters score different tokens; expected one draft vocabulary.")
     average = copy.deepcopy(first)
+    scored = [drafter.draft_token_ids for drafter in drafters]
+    average.draft_token_ids = None
+    if all(ids is not None for ids in scored):
+        average.draft_token_ids = torch.cat([ids.to(first.device) for ids in scored]).unique()
+        average.config.draft_vocab_size = len(average.draft_token_ids)
+    else:
+        average.config.draft_vocab_size = None
     states = [drafter.state_dict() for drafter in drafters]
     with torch.no_grad():
         for name, parameter in average.named_parameters():

@@ -237,3 +237,18 @@ def with_odd_layer() -> DynamicCache:
 def test_other_caches_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         check_cache(make())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@torch.no_grad()
+def test_rows_that_leave_a_batch_change_nothing_for_the_others(family):
+    target = tiny_target(family)
+    ids = torch.cat([prompt(20, seed=seed) for seed in range(4)])
+    kept = torch.tensor([1, 3])
+    caches = [InPlaceCache(DynamicCache(config=target.config)) for _ in range(2)]
+    target(ids[:, :15], past_key_values=caches[0].cache)
+    caches[0].select_rows(kept)
+    target(ids[kept, :15], past_key_values=caches[1].cache)
+    found, expected = (target(ids[kept, 15:], past_key_values=c.cache).logits for c in caches)
+    torch.testing.assert_close(found, expected)
+    assert caches[0].length == 20

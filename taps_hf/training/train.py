@@ -19,6 +19,7 @@ from ..modeling_eagle import EagleDrafter
 from .conversations import DataReport, DataSource, read_mixture
 from .encoding import Example, encode_rows
 from .features import FeatureStore, fill_store
+from .memory import check_memory, estimate_memory
 from .objectives import DraftObjective, FrozenTarget
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
@@ -59,13 +60,19 @@ def train(options: TrainOptions) -> dict[str, float]:
                 f"draft vocabulary of {len(drafter.draft_token_ids)}: "
                 f"{coverage(rows, drafter.draft_token_ids):.2%} of {name}'s held-out answers"
             )
+    frozen = FrozenTarget(target, drafter)
+    objective_options = options.objective_options()
+    needed = estimate_memory(
+        drafter, examples, options.batch_size, objective_options.steps, len(frozen.head_weight)
+    )
+    say(f"about {needed / 1e9:.1f} GB of memory next to the target")
+    check_memory(needed, arguments.device)
     stores: list[FeatureStore] = []
     if options.features:
         with arguments.main_process_first(local=False, desc="features"):
             stores = _stores(options, target, [examples, *held_out.values()])
-    objective = DraftObjective(
-        drafter, FrozenTarget(target, drafter), options.objective_options(), options.eval_depth
-    ).to(arguments.device)
+    objective = DraftObjective(drafter, frozen, objective_options, options.eval_depth)
+    objective.to(arguments.device)
     trainer = DrafterTrainer(
         model=objective,
         args=arguments,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,21 @@ def test_recipes_are_overridden_by_what_is_given(tmp_path, options):
         recipe.write_text(text)
         with pytest.raises(ValueError, match="expected fields among"):
             train_options({}, recipe)
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_our_recipes_can_be_read(recipe):
+    found = train_options({"data": ["a.jsonl"], "out": "x"}, recipe)
+    assert found.objective in ("eagle", "hass")
+
+
+def test_runs_that_do_not_fit_are_refused(options, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
+    with pytest.raises(ValueError, match=r"takes about 0\.\d GB .* smaller `batch_size`"):
+        train(options)
 
 
 def test_bad_input_is_refused_before_work(options, folder, tmp_path, capsys):
