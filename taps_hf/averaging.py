@@ -28,8 +28,8 @@ def average_drafters(
     """A drafter whose parameters are the weighted mean of others' (TAPS, equation 11).
 
     theta = sum over i of weights[i] * theta_i, computed in float32 and stored in the dtype of the
-    first drafter. No parameter belongs to a token of the vocabulary, so drafters that score different
-    tokens can be averaged too: the average scores those that any of them scores.
+    first drafter. No parameter belongs to a token of the vocabulary, so drafters that score
+    different tokens can be averaged too: the average scores those that any of them scores.
 
     Args:
         drafters: at least two of the same architecture.

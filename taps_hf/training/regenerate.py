@@ -92,7 +92,7 @@ def answer_batch(
                 continue  # ended, but still in the batch
             if keep_features:
                 real = hidden[row, padding[index] :] if not answer else hidden[row]
-                features[index].append(real.to("cpu", torch.bfloat16, copy=True))
+                features[index].append(real.to("cpu", copy=True))
             answer.append(token)
             if token not in end_ids:
                 going.append(row)
@@ -217,11 +217,17 @@ def regenerate(
     return report
 
 
-def end_of_turn_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens at which the target's answers end."""
+def end_ids(target: PreTrainedModel) -> set[int]:
+    """The tokens at which `generate` ends an answer of the target; maybe none."""
     ends = target.generation_config.eos_token_id
-    ids = set(ends) if isinstance(ends, list) else {ends}
-    return {token for token in ids | {tokenizer.eos_token_id} if token is not None}
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def end_of_turn_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which the target's answers end; the tokenizer's if the target names none."""
+    return end_ids(target) or {tokenizer.eos_token_id} - {None}
 
 
 def _answer_chunk(

@@ -1,0 +1,93 @@
+"""Live runs: real generation by every variant, timed against plain `generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling_eagle import EagleDrafter
+from .measurements import Cycles
+from .records import Record, RecordOptions, generate_seeded, seed_of
+from .variants import Variant
+
+
+def run_live(
+    record: Record,
+    target: PreTrainedModel,
+    drafters: Mapping[str, EagleDrafter],
+    variants: Sequence[Variant],
+    options: RecordOptions,
+    rotation: int = 0,
+) -> list[Cycles]:
+    """Answer the question of a record anew: by plain `generate`, and by every variant.
+
+    Args:
+        record: made by [`records.record`] with the same options.
+        target: the model.
+        drafters: by name.
+        variants: what to run.
+        options: how the target answers.
+        rotation: how far the order (plain, then the variants) is rotated, so that none always
+            comes first.
+
+    Returns:
+        the cycles of each variant, in their order.
+    """
+    prompt = record.tokens[: record.answer_start].tolist()
+    seed = seed_of(options.seed, record.benchmark, record.question_id, record.turn)
+    order: list[Variant | None] = [None, *variants]
+    shift = rotation % len(order)
+    outputs, seconds = {}, {}
+    for variant in order[shift:] + order[:shift]:
+        speculate = {}
+        if variant is not None:
+            speculate = {
+                "assistant_models": {name: drafters[name] for name in variant.drafters},
+                "strategy": variant.strategy,
+                "tree": variant.tree,
+            }
+        began = _now(target.device)
+        outputs[variant] = generate_seeded(
+            target, prompt, options, seed, return_dict_in_generate=True, **speculate
+        )
+        seconds[variant] = _now(target.device) - began
+    recorded = record.tokens[record.answer_start :].tolist()
+    rows = []
+    for variant in variants:
+        answer = outputs[variant].sequences[0, record.answer_start :].tolist()
+        cycles = outputs[variant].draft_trace.cycles
+        nothing = [None] * len(cycles)
+        rows.append(
+            Cycles(
+                record=record.key,
+                variant=variant.name,
+                benchmark=record.benchmark,
+                category=record.category,
+                temperature=record.temperature,
+                tokens=len(answer),
+                accepted=[cycle.accepted_length for cycle in cycles],
+                nodes=[cycle.num_nodes for cycle in cycles],
+                chosen=[list(cycle.drafters) for cycle in cycles],
+                accepted_entropy=[[] for _ in cycles],
+                rejected_entropy=nothing,
+                accepted_target_entropy=[[] for _ in cycles],
+                rejected_target_entropy=nothing,
+                overlap=nothing,
+                seconds=seconds[variant],
+                plain_seconds=seconds[None],
+                differs_at=next(
+                    (i for i, (a, b) in enumerate(zip_longest(recorded, answer)) if a != b), None
+                ),
+            )
+        )
+    return rows
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

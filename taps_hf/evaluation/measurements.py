@@ -1,0 +1,177 @@
+"""What is measured of one answer, and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """The cycles of one answer by one variant, oldest first; every list has one entry a cycle.
+
+    Args:
+        record: key of the record.
+        variant: name of the variant.
+        benchmark, category: of the question.
+        temperature: the target's.
+        tokens: emitted in all.
+        accepted: accepted length, in draft tokens.
+        nodes: nodes verified, roots not counted.
+        chosen: indices (into the variant's drafters) of whose proposals were verified; empty where
+            nothing was drafted.
+        accepted_entropy: draft entropy (nats) of the distribution each accepted token came from,
+            the smallest of those drafters that proposed it.
+        rejected_entropy: the same where the walk left the tree; None where it could not go on
+            because the tree ended, or the answer.
+        accepted_target_entropy: entropy of the target's distributions at the accepted tokens.
+        rejected_target_entropy: of the one at which the walk left the tree, or None.
+        overlap: of the paths in the verified tree the share that all of its drafters proposed
+            (Jaccard); None where it holds the proposals of one.
+        seconds, plain_seconds: of the whole answer and of plain `generate`; None in replays. Live
+            runs measure neither entropies nor overlap, which would take time.
+        differs_at: in live runs the first answer token that is not the record's, if there is one.
+    """
+
+    record: str
+    variant: str
+    benchmark: str
+    category: str
+    temperature: float
+    tokens: int
+    accepted: list[int]
+    nodes: list[int]
+    chosen: list[list[int]]
+    accepted_entropy: list[list[float]]
+    rejected_entropy: list[float | None]
+    accepted_target_entropy: list[list[float]]
+    rejected_target_entropy: list[float | None]
+    overlap: list[float | None]
+    seconds: float | None = None
+    plain_seconds: float | None = None
+    differs_at: int | None = None
+
+    @property
+    def emitted(self) -> list[int]:
+        """Tokens emitted in each cycle: one more than accepted, but for the answer's end."""
+        emitted = [length + 1 for length in self.accepted]
+        if emitted:
+            emitted[-1] -= sum(emitted) - self.tokens
+        return emitted
+
+
+class CycleRecorder:
+    """Collects the cycles of one answer.
+
+    Args:
+        entropies: (answer tokens,) nats: of the target's distributions.
+    """
+
+    def __init__(self, entropies: torch.Tensor) -> None:
+        self.entropies = entropies.tolist()
+        self.emitted = 0
+        self.columns: dict[str, list] = {
+            name: []
+            for name in (
+                "accepted",
+                "nodes",
+                "chosen",
+                "accepted_entropy",
+                "rejected_entropy",
+                "accepted_target_entropy",
+                "rejected_target_entropy",
+                "overlap",
+            )
+        }
+
+    def add(
+        self,
+        tree: DraftTree,
+        chosen: Sequence[int],
+        path: Sequence[int],
+        emitted: int,
+    ) -> None:
+        """Note a cycle.
+
+        Args:
+            tree: what was verified.
+            chosen: whose proposals it holds.
+            path: its accepted nodes, from depth 1 on.
+            emitted: tokens emitted.
+        """
+        columns = self.columns
+        target = self.entropies[self.emitted :]
+        columns["accepted"].append(len(path))
+        columns["nodes"].append(len(tree) - 1)
+        columns["chosen"].append(list(chosen))
+        columns["accepted_entropy"].append([_entropy(tree, node) for node in path])
+        last = path[-1] if path else 0
+        children = (tree.parents == last).nonzero().flatten().tolist()
+        rejected = bool(children) and emitted > len(path)
+        columns["rejected_entropy"].append(_entropy(tree, children[0]) if rejected else None)
+        columns["accepted_target_entropy"].append(target[: len(path)])
+        columns["rejected_target_entropy"].append(target[len(path)] if rejected else None)
+        columns["overlap"].append(overlap(tree, chosen) if len(chosen) > 1 else None)
+        self.emitted += emitted
+
+
+def _entropy(tree: DraftTree, node: int) -> float:
+    return min(x for x in tree.entropy[:, node].tolist() if not math.isnan(x))
+
+
+def overlap(tree: DraftTree, drafters: Sequence[int]) -> float:
+    """Paths that all `drafters` proposed over paths that any of them did; copies count once."""
+    parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
+    paths: list[tuple[int, ...]] = [()]
+    for node in range(1, len(tree)):
+        paths.append((*paths[parents[node]], tokens[node]))
+    proposed = ~tree.confidence[list(drafters)].isnan()
+    sets = [{paths[i] for i in row.nonzero().flatten().tolist() if i} for row in proposed]
+    union = set.union(*sets)
+    return len(set.intersection(*sets)) / len(union) if union else 0.0
+
+
+class Measurements:
+    """Measured answers in a file of JSON lines; a last line half written is cut off.
+
+    Args:
+        file: made if it does not exist.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: list[Cycles] = []
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        whole = 0
+        with file.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self.rows.append(Cycles(**json.loads(line)))
+                whole += len(line)
+        os.truncate(file, whole)
+        self._known = {(row.record, row.variant) for row in self.rows}
+
+    def __iter__(self) -> Iterator[Cycles]:
+        return iter(self.rows)
+
+    def has(self, record: str, variant: str) -> bool:
+        """Whether this has been measured."""
+        return (record, variant) in self._known
+
+    def add(self, rows: Iterable[Cycles]) -> None:
+        """Take rows in and write them down."""
+        rows = list(rows)
+        with self.file.open("a") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        self.rows += rows
+        self._known |= {(row.record, row.variant) for row in rows}

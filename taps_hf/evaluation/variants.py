@@ -1,0 +1,59 @@
+"""What is compared: drafters and strategies under names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..shapes import DynamicTree, TreeShape
+from ..strategies import Confidence, Entropy, Merged, Single, Strategy
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to decode.
+
+    Args:
+        name: the one it is reported under.
+        drafters: names of its drafters, in the order the strategy knows them by.
+        strategy: how their trees are composed.
+        tree: the shape of each drafter's tree.
+    """
+
+    name: str
+    drafters: tuple[str, ...]
+    strategy: Strategy
+    tree: TreeShape
+
+
+def standard_variants(
+    alone: Sequence[str], composed: Sequence[str], tree: DynamicTree
+) -> list[Variant]:
+    """Every drafter alone, and every composition of those in `composed`.
+
+    The compositions are routing by confidence (TAPS, equation 13) and by entropy, per cycle and
+    once a prompt; and merged trees: concatenated at the sum of the budgets (the paper's, appendix
+    A.4), their union at that budget, and their union pruned to the budget of one tree.
+
+    Raises:
+        ValueError: if fewer than two drafters are to be composed, or names repeat.
+    """
+    found = [Variant(name, (name,), Single(0), tree) for name in alone]
+    if composed:
+        if len(composed) < 2:
+            raise ValueError(f"{composed} were given to compose, expected two drafters or more.")
+        ways: Mapping[str, Strategy] = {
+            "confidence": Confidence(),
+            "confidence-per-prompt": Confidence(per="prompt"),
+            "entropy": Entropy(),
+            "entropy-per-prompt": Entropy(per="prompt"),
+            "concatenated": Merged(packing="concatenate"),
+            "merged": Merged(),
+            "merged-equal-budget": Merged(num_nodes=tree.num_nodes),
+        }
+        found += [Variant(name, tuple(composed), way, tree) for name, way in ways.items()]
+    names = [variant.name for variant in found]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} names two variants; expected distinct names.")
+    return found

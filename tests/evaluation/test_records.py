@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taps_hf.evaluation.benchmarks import Question
+from taps_hf.evaluation.records import RecordOptions, RecordStore, generate_seeded, record, seed_of
+from taps_hf.training.features import features_of
+
+from ..tiny import tiny_target
+from ..training.chat import CHATML, chat_tokenizer
+
+QUESTIONS = [
+    Question("a", "1", ("t5 t6", "t7")),
+    Question("a", "2", ("t5 t8 t9 t10",)),
+    Question("b", "1", ("t5", "t6", "t7")),
+]
+
+
+def tokenizer():
+    return chat_tokenizer(CHATML)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_record_is_what_the_target_says_turn_after_turn(tmp_path, temperature, batch_size):
+    target = tiny_target()
+    options = RecordOptions(temperature, max_new_tokens=7, batch_size=batch_size)
+    store = RecordStore(tmp_path, {})
+    files = record(target, tokenizer(), QUESTIONS, options, store)
+    found = {kept.key: kept for kept in map(store.load, files)}
+    assert len(found) == 6
+    for question in QUESTIONS:
+        said = []
+        for turn, text in enumerate(question.turns):
+            said.append({"role": "user", "content": text})
+            prompt = tokenizer().apply_chat_template(
+                said, add_generation_prompt=True, return_dict=False
+            )
+            kept = found[f"{question.benchmark}/{question.question_id}/{turn}/t{temperature:g}"]
+            assert kept.tokens[: kept.answer_start].tolist() == prompt
+            assert kept.max_length == len(prompt) + 7
+            answer = kept.tokens[kept.answer_start :]
+            if batch_size == 1 or not temperature:
+                seed = seed_of(0, question.benchmark, question.question_id, turn)
+                plain = generate_seeded(target, prompt, options, seed)[0]
+                assert kept.tokens.tolist() == plain.tolist()
+            expected = features_of(target, kept.tokens[None, :-1])[0]
+            torch.testing.assert_close(kept.features, expected, rtol=2e-2, atol=2e-2)
+            logits = target(kept.tokens[None, :-1]).logits[0, kept.answer_start - 1 :]
+            entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+            torch.testing.assert_close(kept.entropies, entropy, rtol=2e-2, atol=2e-2)
+            text = tokenizer().decode(answer, skip_special_tokens=True)
+            said.append({"role": "assistant", "content": text})
+
+
+def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
+    target, options = tiny_target(), RecordOptions(max_new_tokens=5)
+    whole = RecordStore(tmp_path / "whole", {"x": 1})
+    expected = record(target, tokenizer(), QUESTIONS, options, whole)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate_seeded(*args, **kwargs)
+
+    monkeypatch.setattr("taps_hf.evaluation.records.generate_seeded", counted)
+    store = RecordStore(tmp_path / "stopped", {"x": 1})
+    with pytest.raises(KeyboardInterrupt):
+        record(target, tokenizer(), QUESTIONS, options, store)
+    files = record(target, tokenizer(), QUESTIONS, options, store)
+    assert len(calls) == 3 + 4
+    assert [file.name for file in files] == [file.name for file in expected]
+    for a, b in zip(files, expected):
+        assert a.read_bytes() == b.read_bytes()
+    with pytest.raises(ValueError, match="was recorded with"):
+        RecordStore(tmp_path / "stopped", {"x": 2})
+
+
+def test_features_can_be_kept_in_half_the_room(tmp_path):
+    options = RecordOptions(max_new_tokens=5, feature_dtype=torch.bfloat16)
+    store = RecordStore(tmp_path, {})
+    (file,) = record(tiny_target(), tokenizer(), QUESTIONS[1:2], options, store)
+    assert store.load(file).features.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"batch_size": 0}, {"max_new_tokens": 0}])
+def test_bad_options_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
+        RecordOptions(**wrong)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taps_hf import ChainTree, DynamicTree, FixedTree, Merged, Single, Strategy
+from taps_hf.evaluation.benchmarks import Question
+from taps_hf.evaluation.live import run_live
+from taps_hf.evaluation.records import RecordOptions, RecordStore, record
+from taps_hf.evaluation.replay import replay
+from taps_hf.evaluation.variants import Variant, standard_variants
+
+from ..tiny import tiny_drafters, tiny_target
+from ..training.chat import CHATML, chat_tokenizer
+
+QUESTIONS = [
+    Question("sums", str(i), (f"t5 t{6 + i} t7", "t8 t9")[: 1 + i % 2], "odd") for i in range(4)
+]
+NAMES = ("math", "chat", "code")
+
+
+class Alternating(Strategy):
+    """Asks one drafter after the other, and another one after a cycle without success."""
+
+    def drafters_to_run(self, num_drafters, history):
+        if not history:
+            return (0,)
+        last = history[-1]
+        return last.drafters if last.accepted else ((last.drafters[0] + 1) % num_drafters,)
+
+    def compose(self, trees, history):
+        return Single(next(iter(trees))).compose(trees, history)
+
+
+def make(folder, temperature: float, family: str = "llama"):
+    target = tiny_target(family)
+    options = RecordOptions(temperature=temperature, max_new_tokens=16, seed=3)
+    store = RecordStore(folder, {"target": family})
+    files = record(target, chat_tokenizer(CHATML), QUESTIONS, options, store)
+    return target, options, [store.load(file) for file in files]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_replay_gives_every_cycle_of_the_live_run(tmp_path, family, temperature):
+    target, options, records = make(tmp_path, temperature, family)
+    drafters = dict(zip(NAMES, tiny_drafters(3, family)))
+    # Random drafters are so sure that their four likeliest tokens have all the probability there
+    # is, and two means of 1 / 4 are a tie that rounding decides: hence three.
+    tree = DynamicTree(depth=4, top_k=3, num_nodes=10)
+    variants = standard_variants(NAMES, NAMES[:2], tree)
+    variants += [
+        Variant("alternating", NAMES, Alternating(), tree),
+        Variant("three", NAMES, Merged(num_nodes=12), tree),
+        Variant("chain", ("code",), Single(0), ChainTree(3)),
+        Variant("fixed", ("chat", "math"), Merged(), FixedTree.from_branching([2, 2])),
+    ]
+    assert len(records) == 6
+    lengths = set()
+    for kept in records:
+        replayed = replay(kept, target, drafters, variants)
+        live = run_live(kept, target, drafters, variants, options)
+        for found, expected in zip(replayed, live):
+            assert expected.differs_at is None
+            for name in ("variant", "record", "tokens", "accepted", "nodes", "chosen", "emitted"):
+                assert getattr(found, name) == getattr(expected, name), (name, found, expected)
+            lengths.update(found.accepted)
+    assert {0, 1, 2} <= lengths
+
+
+def test_each_tree_is_grown_once_however_many_ask(tmp_path, monkeypatch):
+    target, _, records = make(tmp_path, 0.0)
+    drafters = dict(zip(NAMES, tiny_drafters(2)))
+    tree = DynamicTree(depth=3, top_k=3, num_nodes=6)
+    grown = []
+    grow = DynamicTree.grow
+
+    def noted(self, session, root, max_depth):
+        grown.append((id(session), session._length, len(session._pending)))
+        return grow(self, session, root, max_depth)
+
+    monkeypatch.setattr(DynamicTree, "grow", noted)
+    variants = standard_variants(NAMES[:2], NAMES[:2], tree)
+    rows = replay(records[0], target, drafters, variants)
+    assert len(grown) <= 2 * records[0].num_answer_tokens
+    assert len(grown) == len(set(grown))
+    assert sum(len(row.accepted) for row in rows) > len(grown)
+
+
+def test_entropies_and_overlap_are_those_of_the_trees(tmp_path):
+    target, _, records = make(tmp_path, 1.0)
+    drafters = dict(zip(NAMES, tiny_drafters(2)))
+    kept = records[0]
+    tree = DynamicTree(depth=2, top_k=3, num_nodes=9)
+    variants = [
+        Variant("math", ("math",), Single(0), tree),
+        Variant("same", ("math", "again"), Merged(), tree),
+        Variant("both", ("math", "chat"), Merged(), tree),
+        Variant("copies", ("math", "chat"), Merged(packing="concatenate"), tree),
+    ]
+    drafters["again"] = drafters["math"]
+    math, same, both, copies = replay(kept, target, drafters, variants)
+    assert set(math.overlap) == {None}
+    assert {x for x in same.overlap if x is not None} == {1.0}
+    assert same.accepted == math.accepted
+    shared = [x for x in both.overlap if x is not None]
+    assert 0 < max(shared) < 1
+    assert copies.overlap == both.overlap
+    assert copies.accepted == both.accepted
+    # The first cycle, by hand: the drafter's distribution at the root.
+    with torch.no_grad():
+        start = kept.answer_start - 1
+        embeds = target.get_input_embeddings()(kept.tokens[1 : start + 1])[None]
+        hidden = drafters["math"](embeds, kept.features[None, :start]).last_hidden_state[0, -1]
+        draft = torch.distributions.Categorical(logits=target.lm_head(hidden)).entropy().item()
+        logits = target(kept.tokens[None, : start + 1]).logits[0, -1]
+    of_target = torch.distributions.Categorical(logits=logits).entropy().item()
+    if math.accepted[0]:
+        assert math.accepted_entropy[0][0] == pytest.approx(draft, rel=1e-4)
+        assert math.accepted_target_entropy[0][0] == pytest.approx(of_target, rel=1e-4)
+    else:
+        assert math.rejected_entropy[0] == pytest.approx(draft, rel=1e-4)
+        assert math.rejected_target_entropy[0] == pytest.approx(of_target, rel=1e-4)
+    for accepted, values in zip(math.accepted, math.accepted_entropy):
+        assert len(values) == accepted
