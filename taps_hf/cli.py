@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .averaging import average_drafters
+from .evaluation.commands import add_evaluate
 from .modeling_eagle import EagleDrafter
 from .training.commands import add_regenerate, add_train
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     average.set_defaults(run=_average)
     add_regenerate(commands)
     add_train(commands)
+    add_evaluate(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

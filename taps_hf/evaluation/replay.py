@@ -2,7 +2,8 @@
 
 All variants advance in step: at each position of the answer, those that have their root there ask
 for the trees of their drafters. A drafter's tree at a position depends on the text before it only,
-not on the cycles that led there, so each is grown once however many variants ask.
+not on the cycles that led there, so each is grown once however many variants ask; dynamic trees are
+grown many positions at a time ([`forest`]).
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from transformers import PreTrainedModel
 
 from ..drafting import DrafterSession
 from ..modeling_eagle import EagleDrafter
-from ..shapes import TreeShape
+from ..shapes import DynamicTree, TreeShape
 from ..strategies import CycleOutcome
 from ..tree import DraftTree
+from .forest import Forest
 from .measurements import CycleRecorder, Cycles
 from .records import Record
 from .variants import Variant
 
 
 class _Grower:
-    """One drafter with one shape, at growing positions of a record."""
+    """One drafter's trees of any shape, grown one after the other, at growing positions."""
 
     def __init__(
         self, drafter: EagleDrafter, target: PreTrainedModel, shape: TreeShape, record: Record
@@ -75,12 +77,13 @@ def replay(
     Returns:
         the cycles of each variant, in their order.
     """
-    growers: dict[tuple[str, TreeShape], _Grower] = {}
+    growers: dict[tuple[str, TreeShape], Forest | _Grower] = {}
     for variant in variants:
         for name in variant.drafters:
             key = (name, variant.tree)
             if key not in growers:
-                growers[key] = _Grower(drafters[name], target, variant.tree, record)
+                kind = Forest if type(variant.tree) is DynamicTree else _Grower
+                growers[key] = kind(drafters[name], target, variant.tree, record)
     start, end = record.answer_start - 1, len(record.tokens) - 1
     runs = [_Run(variant, start, CycleRecorder(record.entropies)) for variant in variants]
     positions = getattr(
@@ -108,7 +111,10 @@ def replay(
 
 
 def _cycle(
-    run: _Run, record: Record, growers: Mapping[tuple[str, TreeShape], _Grower], max_depth: int
+    run: _Run,
+    record: Record,
+    growers: Mapping[tuple[str, TreeShape], Forest | _Grower],
+    max_depth: int,
 ) -> None:
     variant, root = run.variant, run.root
     count = len(variant.drafters)

@@ -5,12 +5,13 @@ import torch
 
 from taps_hf import ChainTree, DynamicTree, FixedTree, Merged, Single, Strategy
 from taps_hf.evaluation.benchmarks import Question
+from taps_hf.evaluation.forest import Forest
 from taps_hf.evaluation.live import run_live
 from taps_hf.evaluation.records import RecordOptions, RecordStore, record
-from taps_hf.evaluation.replay import replay
+from taps_hf.evaluation.replay import _Grower, replay
 from taps_hf.evaluation.variants import Variant, standard_variants
 
-from ..tiny import tiny_drafters, tiny_target
+from ..tiny import FAMILIES, tiny_drafters, tiny_target
 from ..training.chat import CHATML, chat_tokenizer
 
 QUESTIONS = [
@@ -68,23 +69,25 @@ def test_a_replay_gives_every_cycle_of_the_live_run(tmp_path, family, temperatur
     assert {0, 1, 2} <= lengths
 
 
-def test_each_tree_is_grown_once_however_many_ask(tmp_path, monkeypatch):
-    target, _, records = make(tmp_path, 0.0)
-    drafters = dict(zip(NAMES, tiny_drafters(2)))
-    tree = DynamicTree(depth=3, top_k=3, num_nodes=6)
-    grown = []
-    grow = DynamicTree.grow
-
-    def noted(self, session, root, max_depth):
-        grown.append((id(session), session._length, len(session._pending)))
-        return grow(self, session, root, max_depth)
-
-    monkeypatch.setattr(DynamicTree, "grow", noted)
-    variants = standard_variants(NAMES[:2], NAMES[:2], tree)
-    rows = replay(records[0], target, drafters, variants)
-    assert len(grown) <= 2 * records[0].num_answer_tokens
-    assert len(grown) == len(set(grown))
-    assert sum(len(row.accepted) for row in rows) > len(grown)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("draft_vocab", [None, 6])
+def test_trees_grown_together_are_those_grown_alone(tmp_path, family, draft_vocab):
+    target, _, records = make(tmp_path, 0.0, family)
+    drafter = tiny_drafters(1, family, draft_vocab=draft_vocab)[0]
+    shape = DynamicTree(depth=4, top_k=3, num_nodes=8)
+    kept = records[0]
+    forest = Forest(drafter, target, shape, kept, chunk=7)
+    alone = _Grower(drafter, target, shape, kept)
+    for root in range(kept.answer_start - 1, len(kept.tokens) - 1):
+        depth = min(5, len(kept.tokens) - root)
+        with torch.no_grad():
+            found, expected = forest.at(root, depth), alone.at(root, depth)
+        for name in ("tokens", "parents", "depths"):
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+        for name in ("confidence", "path_confidence", "entropy"):
+            torch.testing.assert_close(
+                getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-4, equal_nan=True
+            )
 
 
 def test_entropies_and_overlap_are_those_of_the_trees(tmp_path):

@@ -1,0 +1,336 @@
+"""One evaluation: records, replay, live runs, and a folder with everything that came of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..averaging import average_drafters
+from ..modeling_eagle import EagleDrafter
+from ..shapes import DynamicTree
+from ..strategies import Single
+from ..training.target import load_target
+from ..validation import check_drafter, check_target, check_tokenizer
+from ..version import __version__
+from . import figures, tables
+from .benchmarks import Question, read_benchmark
+from .live import run_live
+from .measurements import Measurements
+from .records import RecordOptions, RecordStore, record
+from .replay import replay
+from .variants import Variant, standard_variants
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured.
+
+    Args:
+        target: folder, Hub name or `embedded`.
+        drafters: paths by name.
+        compose: names of the drafters that routing and merging compose.
+        average: names of two drafters whose weights are averaged.
+        lambdas: weights of the first of them.
+        benchmarks: NAME=FILE, or names of Hub benchmarks.
+        limit: questions of each benchmark; None for all.
+        temperatures: each is recorded and replayed apart.
+        max_new_tokens: longest answer.
+        tree: depth, top_k, num_nodes of every drafter's tree.
+        live: answers of each benchmark that are also run live, at every temperature.
+        out: folder to write.
+        records: folder of the records; they are large and belong in no repository.
+        record_batch: answers recorded together; 1 for seeded plain `generate`.
+        record_features: dtype that recorded features are kept in.
+        dtype: of target and drafters.
+        device: cpu or cuda; by default cuda where there is one.
+        threads: CPU threads; torch's by default.
+        seed: of samples of questions and of sampled answers.
+        others: folders of other targets' results, for the table of target scaling.
+    """
+
+    target: str
+    drafters: Mapping[str, str]
+    benchmarks: Sequence[str]
+    out: Path
+    compose: Sequence[str] = ()
+    average: Sequence[str] = ()
+    lambdas: Sequence[float] = (0.5,)
+    limit: int | None = None
+    temperatures: Sequence[float] = (0.0,)
+    max_new_tokens: int = 256
+    tree: tuple[int, int, int] = (5, 8, 24)
+    live: int = 0
+    records: Path | None = None
+    record_batch: int = 1
+    record_features: str = "float32"
+    dtype: str = "float32"
+    device: str | None = None
+    threads: int | None = None
+    seed: int = 0
+    others: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        for name, names in [("compose", self.compose), ("average", self.average)]:
+            unknown = [x for x in names if x not in self.drafters]
+            if unknown:
+                raise ValueError(
+                    f"`{name}` names {unknown}, expected some of {list(self.drafters)}."
+                )
+        if self.average and len(self.average) != 2:
+            raise ValueError(f"`average` has {len(self.average)} names, expected two.")
+        if not self.drafters or not self.benchmarks or not self.temperatures:
+            raise ValueError("Expected at least one drafter, one benchmark and one temperature.")
+        for name in ("dtype", "record_features"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float16"):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, expected float32, bfloat16 or float16."
+                )
+
+    def record_options(self, temperature: float) -> RecordOptions:
+        """How the target answers at a temperature."""
+        return RecordOptions(
+            temperature,
+            self.max_new_tokens,
+            self.record_batch,
+            self.seed,
+            getattr(torch, self.record_features),
+        )
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Measure what has not been measured yet, then write tables and figures.
+
+    Everything lies in `options.out`: `settings.json`, `replay.jsonl` and `live.jsonl` (one line an
+    answer and variant), `results.json`, `tables/`, `figures/`, `summary.md`.
+
+    Raises:
+        ValueError: before any measurement, for benchmarks, drafters or names that cannot be used,
+            and if `out` was measured with other settings.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    questions: list[Question] = []
+    for spec in options.benchmarks:
+        questions += read_benchmark(spec, options.limit, options.seed)
+    names = list(dict.fromkeys(question.benchmark for question in questions))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype)
+    target, tokenizer = load_target(options.target, dtype, device)
+    drafters = _drafters(options, target, tokenizer)
+    variants, averages = _variants(options, drafters)
+    _check_settings(options, drafters)
+
+    records = options.records or options.out / "records"
+    settings = {
+        "target": target.config.name_or_path,
+        "dtype": options.dtype,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.record_batch,
+        "features": options.record_features,
+        "seed": options.seed,
+    }
+    store = RecordStore(records, settings)
+    replayed = Measurements(options.out / "replay.jsonl")
+    live = Measurements(options.out / "live.jsonl")
+    for temperature in options.temperatures:
+        files = record(target, tokenizer, questions, options.record_options(temperature), store)
+        _replay_all(files, store, target, drafters, variants, replayed)
+        if options.live:
+            chosen = [file for name in names for file in _some(files, name, options.live)]
+            _run_all(chosen, store, target, drafters, variants, options, temperature, live)
+    _report(options, variants, averages, names, replayed, live)
+
+
+def _drafters(
+    options: EvaluateOptions, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, EagleDrafter]:
+    check_target(target)
+    found = {
+        name: EagleDrafter.from_pretrained(path, dtype=target.dtype).to(target.device).eval()
+        for name, path in options.drafters.items()
+    }
+    for name, drafter in found.items():
+        check_drafter(name, drafter, target)
+    check_tokenizer(found, tokenizer)
+    return found
+
+
+def _variants(
+    options: EvaluateOptions, drafters: dict[str, EagleDrafter]
+) -> tuple[list[Variant], dict[str, float]]:
+    """All variants, and the lambda of those that are averages (which join the drafters)."""
+    tree = DynamicTree(*options.tree)
+    averages: dict[str, float] = {}
+    if options.average:
+        pair = [drafters[name] for name in options.average]
+        for weight in options.lambdas:
+            name = f"averaged {weight:g}"
+            averages[name] = weight
+            drafters[name] = average_drafters(pair, [weight, 1 - weight]).eval()
+    variants = standard_variants(list(options.drafters), options.compose, tree)
+    place = len(options.drafters)
+    variants[place:place] = [Variant(name, (name,), Single(0), tree) for name in averages]
+    return variants, averages
+
+
+def _check_settings(options: EvaluateOptions, drafters: Mapping[str, EagleDrafter]) -> None:
+    """Write what the figures belong to; refuse a folder that holds figures of something else."""
+    digests = {name: _digest(drafters[name]) for name in options.drafters}
+    settings = {
+        "target": options.target,
+        "drafters": {
+            name: {"path": str(path), "weights": digests[name]}
+            for name, path in options.drafters.items()
+        },
+        "tree": list(options.tree),
+        "max_new_tokens": options.max_new_tokens,
+        "record_batch": options.record_batch,
+        "record_features": options.record_features,
+        "dtype": options.dtype,
+        "seed": options.seed,
+    }
+    file = options.out / "settings.json"
+    if file.exists():
+        found = json.loads(file.read_text())["measured"]
+        # Drafters may be added; those that are there must be what they were.
+        known = {**found.pop("drafters")}
+        then = {**found, **{name: known[name]["weights"] for name in known if name in digests}}
+        now = {**settings, **digests}
+        changed = {name: (then[name], now[name]) for name in then if then[name] != now[name]}
+        if changed:
+            raise ValueError(
+                f"{options.out} was measured with other settings, (then, now): {changed}; expected "
+                "the same, or another `out`."
+            )
+        settings["drafters"] = {**known, **settings["drafters"]}
+    provenance = {
+        "machine": platform.processor() or platform.machine(),
+        "device": str(next(iter(drafters.values())).device),
+        "threads": torch.get_num_threads(),
+        "taps_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    _write(file, json.dumps({"measured": settings, "provenance": provenance}, indent=2) + "\n")
+
+
+def _digest(drafter: EagleDrafter) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(drafter.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _replay_all(
+    files: Sequence[Path],
+    store: RecordStore,
+    target: PreTrainedModel,
+    drafters: Mapping[str, EagleDrafter],
+    variants: Sequence[Variant],
+    kept: Measurements,
+) -> None:
+    with tqdm(files, unit="answer", desc="replay") as progress:
+        for file in progress:
+            found = store.load(file)
+            pending = [v for v in variants if not kept.has(found.key, v.name)]
+            if pending:
+                kept.add(replay(found, target, drafters, pending))
+
+
+def _run_all(
+    files: Sequence[Path],
+    store: RecordStore,
+    target: PreTrainedModel,
+    drafters: Mapping[str, EagleDrafter],
+    variants: Sequence[Variant],
+    options: EvaluateOptions,
+    temperature: float,
+    kept: Measurements,
+) -> None:
+    asked = options.record_options(temperature)
+    with tqdm(files, unit="answer", desc="live") as progress:
+        for number, file in enumerate(progress):
+            found = store.load(file)
+            if not all(kept.has(found.key, variant.name) for variant in variants):
+                kept.add(run_live(found, target, drafters, variants, asked, number))
+
+
+def _some(files: Sequence[Path], benchmark: str, count: int) -> list[Path]:
+    """`count` of a benchmark's records, evenly spread."""
+    found = [file for file in files if file.name.startswith(f"{benchmark}-t")]
+    count = min(count, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def _report(
+    options: EvaluateOptions,
+    variants: Sequence[Variant],
+    averages: Mapping[str, float],
+    benchmarks: Sequence[str],
+    replayed: Measurements,
+    live: Measurements,
+) -> None:
+    measured = tables.Measured(replayed.rows, variants, benchmarks, options.temperatures)
+    lively = tables.Measured(live.rows, variants, benchmarks, options.temperatures)
+    made: list[tables.Table] = []
+    for temperature in options.temperatures:
+        made.append(tables.acceptance_table(measured, temperature, live=False))
+        if options.live:
+            table = tables.acceptance_table(lively, temperature, live=True)
+            made.append(tables.Table(f"live-{table.name}", table.caption, table.header, table.rows))
+        for build in (
+            tables.routing_table,
+            tables.entropy_table,
+            tables.depth_table,
+            tables.overlap_table,
+        ):
+            made.append(build(measured, temperature))
+    results = {table.name: table.json() for table in made}
+    if options.others:
+        by_target = {options.target: results}
+        for folder in options.others:
+            by_target[folder.name] = json.loads((folder / "results.json").read_text())
+        made.append(tables.scaling_table(by_target))
+        results[made[-1].name] = made[-1].json()
+    made = [table for table in made if table.rows]
+    for table in made:
+        _write(options.out / "tables" / f"{table.name}.md", table.markdown())
+        _write(options.out / "tables" / f"{table.name}.csv", table.csv())
+    _write(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+
+    drawn = [figures.summary_figure(measured, options.out / "figures" / "summary.png")]
+    few = [v.name for v in variants if v.name not in averages or averages[v.name] == 0.5]
+    few = [name for name in few if not name.startswith("entropy")]
+    for t in options.temperatures:
+        folder = options.out / "figures"
+        drawn.append(figures.heatmap_figure(measured, t, folder / f"heatmap-t{t:g}.png"))
+        drawn.append(figures.depth_figure(measured, t, few, folder / f"depth-t{t:g}.png"))
+        drawn.append(figures.entropy_figure(measured, t, few, folder / f"entropy-t{t:g}.png"))
+        if len(averages) > 1:
+            drawn.append(figures.sweep_figure(measured, t, averages, folder / f"lambda-t{t:g}.png"))
+    text = [f"# Results for {options.target}\n"]
+    text += [table.markdown() for table in made if "acceptance" in table.name]
+    text += [f"![{file.stem}](figures/{file.name})\n" for file in drawn]
+    text += [table.markdown() for table in made if "acceptance" not in table.name]
+    _write(options.out / "summary.md", "\n".join(text))
+    print(f"wrote {options.out / 'summary.md'}")
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
