@@ -4,7 +4,7 @@ VENV ?= .venv
 # A CPU build of torch is enough here; elsewhere bring your own: make quickstart TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-CHECKED := taps_hf tests examples benchmarks
+CHECKED := taps_hf tests examples benchmarks metrics
 
 .PHONY: install quickstart test test-fast test-oldest quality style clean
 

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from taps_hf import EagleDrafter
+from taps_hf.cli import main
+from taps_hf.evaluation.tables import Table
+
+from ..tiny import tiny_drafters, tiny_target
+from ..training.chat import CHATML, chat_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_target().save_pretrained(folder / "target")
+    chat_tokenizer(CHATML).save_pretrained(folder / "target")
+    for name, drafter in zip(("math", "chat"), tiny_drafters(2)):
+        drafter.save_pretrained(folder / name)
+    for name, turns in [("sums", ["t5 t6"]), ("talk", ["t7", "t8"])]:
+        rows = [{"question_id": i, "turns": [f"{t} t{5 + i}" for t in turns]} for i in range(3)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(folder, out, *more) -> list[str]:
+    return [
+        "evaluate",
+        *("--target", str(folder / "target"), "--out", str(out), "--max-new-tokens", "10"),
+        *("--drafter", f"math={folder / 'math'}", "--drafter", f"chat={folder / 'chat'}"),
+        *("--benchmark", f"sums={folder / 'sums.jsonl'}"),
+        *("--benchmark", f"talk={folder / 'talk.jsonl'}"),
+        *("--tree", "3", "3", "6", "--device", "cpu"),
+        *more,
+    ]
+
+
+def test_one_command_writes_everything(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "results"
+    more = ["--compose", "math", "chat", "--average", "math", "chat", "--lambdas", "0.3", "0.5"]
+    more += ["--temperature", "0", "1", "--live", "1"]
+    assert main(arguments(folder, out, *more)) == 0
+    results = json.loads((out / "results.json").read_text())
+    table = {row["variant"]: row for row in results["acceptance-t1"]}
+    assert {"math", "chat", "averaged 0.3", "averaged 0.5", "merged", "concatenated"} <= set(table)
+    for row in table.values():
+        for name in ("sums", "talk"):
+            assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
+    live = {row["variant"]: row for row in results["live-acceptance-t0"]}
+    assert live["merged"]["speed-up sums"] > 0
+    for name in ("routing", "entropy", "depth", "overlap"):
+        assert (out / "tables" / f"{name}-t0.csv").read_text().count("\n") > 1
+    drawn = sorted(file.name for file in (out / "figures").iterdir())
+    for name in ("heatmap", "depth", "entropy", "lambda"):
+        assert {f"{name}-t0.png", f"{name}-t1.png"} <= set(drawn)
+    summary = (out / "summary.md").read_text()
+    assert all(f"figures/{name}" in summary for name in drawn)
+
+    # Nothing is measured twice, and other settings are refused.
+    before = (out / "replay.jsonl").read_bytes(), (out / "live.jsonl").read_bytes()
+    assert main(arguments(folder, out, *more)) == 0
+    assert ((out / "replay.jsonl").read_bytes(), (out / "live.jsonl").read_bytes()) == before
+    assert main(arguments(folder, out, *more, "--tree", "2", "2", "4")) == 2
+    assert "measured with other settings" in capsys.readouterr().err
+
+    other = tmp_path / "other"
+    assert main(arguments(folder, other, "--others", str(out))) == 0
+    scaling = json.loads((other / "results.json").read_text())["scaling"]
+    alone = next(row for row in scaling if row["variant"] == "math")
+    assert alone["results"] == pytest.approx(alone[str(folder / "target")])
+
+
+def test_bad_input_is_refused_and_named(folder, tmp_path, capsys):
+    def refused(message, *more):
+        assert main(arguments(folder, tmp_path / "out", *more)) == 2
+        assert message in capsys.readouterr().err
+
+    wide = tmp_path / "wide"
+    config = tiny_target().config
+    config = type(config)(**{**config.to_dict(), "hidden_size": 16})
+    with torch.random.fork_rng():
+        other = type(tiny_target())(config)
+    EagleDrafter.from_target(other).save_pretrained(wide)
+    refused("`compose` names ['law']", "--compose", "math", "law")
+    refused("distinct names", "--drafter", f"math={folder / 'chat'}")
+    refused("NAME=PATH", "--drafter", "x")
+    refused("does not exist", "--benchmark", "x=none.jsonl")
+    refused("expected two drafters or more", "--compose", "math")
+    refused("hidden", "--drafter", f"wide={wide}")
+    refused(
+        "names two variants", "--drafter", f"merged={folder / 'math'}", "--compose", "math", "chat"
+    )
+    assert not (tmp_path / "out" / "replay.jsonl").exists()
+
+
+def test_tables_in_three_ways():
+    from taps_hf.evaluation.metrics import Estimate
+
+    table = Table(
+        "t", "Caption.", ("a", "b"), [("x", Estimate(1.0, 0.5, 1.5)), ("y", float("nan"))]
+    )
+    assert table.markdown().splitlines()[2:] == [
+        "| a | b |",
+        "| --- | --- |",
+        "| x | 1.00 (0.50-1.50) |",
+        "| y | - |",
+    ]
+    assert table.csv() == "a,b,b low,b high\nx,1.0,0.5,1.5\ny,nan,,\n"
+    assert table.json() == [
+        {"a": "x", "b": {"value": 1.0, "low": 0.5, "high": 1.5}},
+        {"a": "y", "b": None},
+    ]

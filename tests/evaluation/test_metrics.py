@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from taps_hf import CycleTrace, DraftTrace, EmittedToken
+from taps_hf.evaluation import metrics
+from taps_hf.evaluation.measurements import Cycles, Measurements
+
+ROOT = Path(__file__).parents[2]
+
+
+def cycles(accepted, tokens=None, record="a/1/0/t0", variant="v", **more) -> Cycles:
+    """An answer whose last cycle ended with a token of the target's, unless `tokens` says other."""
+    nothing = [None] * len(accepted)
+    columns = {
+        "nodes": [8] * len(accepted),
+        "chosen": [[0]] * len(accepted),
+        "accepted_entropy": [[1.0] * n for n in accepted],
+        "rejected_entropy": nothing,
+        "accepted_target_entropy": [[0.5] * n for n in accepted],
+        "rejected_target_entropy": nothing,
+        "overlap": nothing,
+        **more,
+    }
+    tokens = sum(accepted) + len(accepted) if tokens is None else tokens
+    benchmark = record.partition("/")[0]
+    return Cycles(record, variant, benchmark, "", 0.0, tokens, list(accepted), **columns)
+
+
+ROWS = [cycles([2, 0, 1]), cycles([3], 3, record="a/2/0/t0"), cycles([0, 0], record="b/1/0/t0")]
+
+
+def test_means_by_hand():
+    assert metrics.accepted_length(ROWS) == 6 / 6
+    assert metrics.tau(ROWS) == (6 + 3 + 2) / 6
+    assert metrics.macro_accepted_length(ROWS) == pytest.approx((1 + 3 + 0) / 3)
+    assert metrics.macro_tau(ROWS) == pytest.approx((2 + 3 + 1) / 3)
+    assert metrics.tau_by_last_index(ROWS) == pytest.approx((6 / 2 + 2 / 1) / 2)
+    assert metrics.nodes(ROWS) == 8
+
+
+def test_the_last_cycle_emits_what_is_left():
+    assert ROWS[0].emitted == [3, 1, 2]
+    assert ROWS[1].emitted == [3]
+
+
+def test_acceptance_by_depth_is_that_of_a_trace():
+    rng = random.Random(0)
+    rows, trace = [], DraftTrace(("d",))
+    for _ in range(20):
+        accepted = [rng.randrange(4) for _ in range(rng.randrange(1, 6))]
+        end = rng.random() < 0.5 and accepted[-1] > 0
+        row = cycles(accepted, sum(accepted) + len(accepted) - end)
+        rows.append(row)
+        for length, emitted in zip(row.accepted, row.emitted):
+            tokens = tuple(EmittedToken(1, d, (0,), (), ()) for d in range(emitted))
+            trace.cycles.append(CycleTrace((0,), 8, tuple(range(length)), tokens, 0, 0, 0))
+    assert metrics.acceptance_by_depth(rows) == trace.acceptance_by_depth
+    assert metrics.tau(rows) == trace.tau
+    assert metrics.accepted_length(rows) == trace.accepted_length
+
+
+def test_routing_and_entropies():
+    row = cycles([1, 0, 0], chosen=[[0], [1], []], rejected_entropy=[3.0, None, 5.0])
+    assert metrics.routing([row], ("x", "y", "z")) == {"x": 0.5, "y": 0.5, "z": 0.0}
+    found = metrics.entropies([row])
+    assert found["accepted_entropy"] == 1.0
+    assert found["rejected_entropy"] == 4.0
+    assert metrics.overlap([cycles([0, 1], overlap=[0.5, None])]) == 0.5
+    live = cycles([1], seconds=2.0, plain_seconds=3.0)
+    assert metrics.speedup([live, live]) == 1.5
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """Questions have a level of their own; turns of one question share it."""
+    rng = random.Random(1)
+    covered = 0
+    for _ in range(60):
+        rows = []
+        for question in range(40):
+            level = rng.choice([0, 1, 2, 3])
+            for turn in range(2):
+                accepted = [level] * 10
+                rows.append(cycles(accepted, record=f"a/{question}/{turn}/t0"))
+        found = metrics.bootstrap(metrics.accepted_length, rows, resamples=200)
+        assert found.value == metrics.accepted_length(rows)
+        covered += found.low <= 1.5 <= found.high
+    assert 50 <= covered <= 60
+
+
+def test_measurements_survive_a_torn_line(tmp_path):
+    file = tmp_path / "m.jsonl"
+    kept = Measurements(file)
+    kept.add(ROWS[:2])
+    with file.open("a") as torn:
+        torn.write('{"record": "a/3')
+    again = Measurements(file)
+    assert again.rows == ROWS[:2]
+    assert again.has("a/1/0/t0", "v")
+    assert not again.has("b/1/0/t0", "v")
+    again.add(ROWS[2:])
+    assert Measurements(file).rows == ROWS
+
+
+def test_the_metric_module_agrees(tmp_path):
+    evaluate = pytest.importorskip("evaluate")
+    metric = evaluate.load(str(ROOT / "metrics" / "acceptance"), cache_dir=str(tmp_path))
+    arguments = {
+        "predictions": [row.accepted for row in ROWS],
+        "references": [row.tokens for row in ROWS],
+    }
+    found = metric.compute(**arguments)
+    for name, value in found.items():
+        assert value == pytest.approx(getattr(metrics, name)(ROWS))
+    assert metric.compute(predictions=[[3]], references=[3])["tau_by_last_index"] is None
+    for predictions, references in [([[1]], [5]), ([[]], [0])]:
+        with pytest.raises(ValueError, match="expected"):
+            metric.compute(predictions=predictions, references=references)
