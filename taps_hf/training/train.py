@@ -18,7 +18,7 @@ from ..configuration_eagle import tokenizer_fingerprint
 from ..modeling_eagle import EagleDrafter
 from .conversations import DataReport, DataSource, read_mixture
 from .encoding import Example, encode_rows
-from .features import FeatureStore, fill_store
+from .features import FeatureStore, features_of, fill_store
 from .memory import check_memory, estimate_memory
 from .objectives import DraftObjective, FrozenTarget
 from .options import TrainOptions
@@ -230,7 +230,25 @@ def _drafter(
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         training_data=names,
     )
-    return drafter.float().train()
+    drafter = drafter.float()
+    _balance_inputs(drafter, target, examples[:16])
+    return drafter.train()
+
+
+@torch.no_grad()
+def _balance_inputs(
+    drafter: EagleDrafter, target: PreTrainedModel, examples: Sequence[Example]
+) -> None:
+    """Scale the projection so that embedding and feature contribute alike before training.
+
+    A target's embeddings are often ten and more times smaller than its features. With equal initial
+    weights the next token, half of what the drafter is told, would at first be lost.
+    """
+    ids = [torch.tensor(example.input_ids, device=target.device) for example in examples]
+    features = torch.cat([features_of(target, x[None])[0] for x in ids]).float()
+    embeds = target.get_input_embeddings()(torch.cat(ids)).float()
+    width = drafter.config.hidden_size
+    drafter.fc.weight[:, :width] *= (features.std() / embeds.std()).to(drafter.device)
 
 
 def _stores(

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from taps_hf import EagleDrafter
 from taps_hf.cli import main
 from taps_hf.training.encoding import Example
+from taps_hf.training.features import features_of
 from taps_hf.training.options import TrainOptions, train_options
 from taps_hf.training.train import is_held_out, train
 
@@ -150,6 +151,28 @@ def test_training_goes_on_from_a_drafter(options, tmp_path):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
     assert EagleDrafter.from_pretrained(hass.out).config.backbone == "hass"
+
+
+def test_a_fresh_drafter_hears_token_and_feature_alike(options, folder, monkeypatch):
+    from taps_hf.training import train as module
+
+    started = []
+
+    def noted(model, **kwargs):
+        started.append(model.drafter)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "DrafterTrainer", noted)
+    with pytest.raises(KeyboardInterrupt):
+        train(options)
+    target = tiny_target()
+    weight = started[0].fc.weight.detach()
+    with torch.no_grad():
+        ids = torch.randint(5, 15, (1, 40), generator=torch.Generator().manual_seed(0))
+        token = target.get_input_embeddings()(ids)[0] @ weight[:, :32].T
+        feature = features_of(target, ids)[0] @ weight[:, 32:].T
+    assert token.std() / feature.std() == pytest.approx(1, rel=0.5)
+    assert weight[:, :32].std() / weight[:, 32:].std() != pytest.approx(1, rel=0.5)
 
 
 def test_held_out_rows_are_the_same_in_every_mixture():
