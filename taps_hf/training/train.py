@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_eagle import tokenizer_fingerprint
 from ..modeling_eagle import EagleDrafter
-from .conversations import DataReport, DataSource, read_mixture
+from .conversations import DataReport, DataSource, SourceRow, read_mixture
 from .encoding import Example, encode_rows
 from .features import FeatureStore, features_of, fill_store
 from .memory import check_memory, estimate_memory
@@ -45,14 +45,16 @@ def train(options: TrainOptions) -> dict[str, float]:
     torch.set_flush_denormal(True)
     work = Path(options.out.rstrip("/") + ".checkpoints")
     arguments = _arguments(options, work)
+    rows = _Rows(options)
     with arguments.main_process_first(local=False, desc="options"):
         _remember(options, work)
     target, tokenizer = load_target(
         options.target, getattr(torch, options.dtype), str(arguments.device)
     )
     check_target(target)
-    examples, held_out = _read(options, target, tokenizer)
     say = print if arguments.process_index == 0 else _silent
+    examples, held_out, report = rows.encode(tokenizer, end_of_turn_ids(target, tokenizer))
+    say(report)
     drafter = _drafter(options, target, tokenizer, examples)
     if drafter.draft_token_ids is not None:
         for name, rows in held_out.items():
@@ -163,33 +165,50 @@ def _remember(options: TrainOptions, work: Path) -> None:
         _write_json(file, asked)
 
 
-def _read(
-    options: TrainOptions, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], dict[str, list[Example]]]:
-    """Training examples, and the held-out ones of each source."""
-    ends = end_of_turn_ids(target, tokenizer)
-    report = DataReport()
-    rows = read_mixture(options.sources(), report, options.seed)
-    examples = encode_rows(tokenizer, rows, options.max_length, report, ends)
-    print(report)
-    training = [x for x in examples if not is_held_out(x, options.held_out)]
-    held_out = {}
-    names = [*options.data, *options.eval_data]
-    for source in [DataSource.parse(text) for text in names]:
-        name = Path(source.name).name
-        if name in held_out:
-            raise ValueError(f"{name} is given twice; expected sources with different names.")
-        rows = read_mixture([DataSource(source.name)], DataReport(), options.seed)
-        found = encode_rows(tokenizer, rows, options.max_length, DataReport(), ends)
-        found = [x for x in found if is_held_out(x, options.held_out)]
-        held_out[name] = found[: options.eval_rows]
-    empty = [name for name, found in held_out.items() if not found]
-    if not training or empty:
-        raise ValueError(
-            f"{len(training)} rows are left to train on, and none is held out of {empty}; expected "
-            "more data, or another `held_out`."
-        )
-    return training, held_out
+class _Rows:
+    """The rows of a run, read before anything else is done.
+
+    Raises:
+        ValueError: for data that cannot be read, or two sources of one name.
+    """
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.report = DataReport()
+        self.mixture = read_mixture(options.sources(), self.report, options.seed)
+        self.by_source: dict[str, list[SourceRow]] = {}
+        for text in [*options.data, *options.eval_data]:
+            source = DataSource.parse(text)
+            name = Path(source.name).name
+            if name in self.by_source:
+                raise ValueError(f"{name} is given twice; expected sources with different names.")
+            self.by_source[name] = read_mixture(
+                [DataSource(source.name)], DataReport(), options.seed
+            )
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, ends: set[int]
+    ) -> tuple[list[Example], dict[str, list[Example]], DataReport]:
+        """Training examples, the held-out ones of each source, and what became of the rows.
+
+        Raises:
+            ValueError: if nothing is left to train on, or nothing is held out of a source.
+        """
+        options = self.options
+        examples = encode_rows(tokenizer, self.mixture, options.max_length, self.report, ends)
+        training = [x for x in examples if not is_held_out(x, options.held_out)]
+        held_out = {}
+        for name, rows in self.by_source.items():
+            found = encode_rows(tokenizer, rows, options.max_length, DataReport(), ends)
+            kept = [x for x in found if is_held_out(x, options.held_out)]
+            held_out[name] = kept[: options.eval_rows]
+        empty = [name for name, found in held_out.items() if not found]
+        if not training or empty:
+            raise ValueError(
+                f"{len(training)} rows are left to train on, and none is held out of {empty}; "
+                "expected more data, or another `held_out`."
+            )
+        return training, held_out, self.report
 
 
 def is_held_out(example: Example, share: float) -> bool:
