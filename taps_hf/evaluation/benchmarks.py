@@ -89,7 +89,8 @@ def _read_file(name: str, file: Path) -> list[Question]:
     if not file.is_file():
         raise ValueError(f"{file} does not exist, expected a file of JSON lines for {name}.")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(), which also splits at separators that may stand in a text.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file.name}, line {number}"

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from . import figures, tables
 from .benchmarks import Question, read_benchmark
 from .live import run_live
 from .measurements import Measurements
-from .records import RecordOptions, RecordStore, record
+from .records import Record, RecordOptions, RecordStore, record
 from .replay import replay
 from .variants import Variant, standard_variants
 
@@ -96,6 +96,14 @@ class EvaluateOptions:
                     f"`{name}` is {getattr(self, name)!r}, expected float32, bfloat16 or float16."
                 )
 
+        least = {"live": 0, "limit": 1, "max_new_tokens": 1, "record_batch": 1}
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                raise ValueError(f"`{name}` is {value}, expected {number} or more.")
+        if min(self.temperatures) < 0:
+            raise ValueError(f"`temperatures` are {self.temperatures}, expected 0 or more.")
+
     def record_options(self, temperature: float) -> RecordOptions:
         """How the target answers at a temperature."""
         return RecordOptions(
@@ -121,15 +129,20 @@ def evaluate(options: EvaluateOptions) -> None:
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     questions: list[Question] = []
+    names = [spec.partition("=")[0] for spec in options.benchmarks]
+    if len(set(names)) < len(names) or any("/" in name for name in names):
+        raise ValueError(f"The benchmarks are named {names}; expected distinct names without /.")
     for spec in options.benchmarks:
         questions += read_benchmark(spec, options.limit, options.seed)
-    names = list(dict.fromkeys(question.benchmark for question in questions))
+    others = _other_results(options.others)
+    figures.check_installed()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     target, tokenizer = load_target(options.target, dtype, device)
     drafters = _drafters(options, target, tokenizer)
     variants, averages = _variants(options, drafters)
-    _check_settings(options, drafters)
+    weights = {name: _digest(drafter) for name, drafter in drafters.items()}
+    _check_settings(options, weights, str(target.device))
 
     records = options.records or options.out / "records"
     settings = {
@@ -141,15 +154,79 @@ def evaluate(options: EvaluateOptions) -> None:
         "seed": options.seed,
     }
     store = RecordStore(records, settings)
+    keys = {variant.key(weights) for variant in variants}
     replayed = Measurements(options.out / "replay.jsonl")
     live = Measurements(options.out / "live.jsonl")
+    asked: set[str] = set()  # records of this run: the files may hold more, of other questions
     for temperature in options.temperatures:
         files = record(target, tokenizer, questions, options.record_options(temperature), store)
-        _replay_all(files, store, target, drafters, variants, replayed)
-        if options.live:
-            chosen = [file for name in names for file in _some(files, name, options.live)]
-            _run_all(chosen, store, target, drafters, variants, options, temperature, live)
-    _report(options, variants, averages, names, replayed, live)
+        answers = _Answers(files, store)
+        asked |= set(answers.keys)
+        with tqdm(answers, unit="answer", desc="replay") as progress:
+            for kept in progress:
+                pending = [v for v in variants if not replayed.get(kept.key, v.key(weights))]
+                if pending:
+                    replayed.add(replay(kept, target, drafters, pending, weights))
+        if not options.live:
+            continue
+        answers = answers.some(names, options.live)
+        warm = False
+        with tqdm(answers, unit="answer", desc="live") as progress:
+            for number, kept in enumerate(progress):
+                if all(live.get(kept.key, v.key(weights)) for v in variants):
+                    continue
+                settled = options.record_options(temperature)
+                if not warm:  # first runs cost more than later ones
+                    short = replace(settled, max_new_tokens=4)
+                    run_live(kept, target, drafters, variants, weights, short)
+                    warm = True
+                live.add(run_live(kept, target, drafters, variants, weights, settled, number))
+
+    def of_this_run(measurements: Measurements) -> tables.Measured:
+        rows = [r for r in measurements if r.record in asked and r.variant_key in keys]
+        return tables.Measured(rows, variants, names, options.temperatures)
+
+    _report(options, averages, of_this_run(replayed), of_this_run(live), others)
+
+
+class _Answers:
+    """The records of a run, read one at a time."""
+
+    def __init__(self, files: Sequence[Path], store: RecordStore) -> None:
+        self.files, self.store = list(files), store
+        found = [store.load(file) for file in self.files]
+        self.keys = [kept.key for kept in found]
+        self.benchmarks = [kept.benchmark for kept in found]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(self.store.load, self.files)
+
+    def some(self, benchmarks: Sequence[str], count: int) -> _Answers:
+        """`count` of each benchmark's, evenly spread."""
+        chosen = []
+        for name in benchmarks:
+            found = [f for f, b in zip(self.files, self.benchmarks) if b == name]
+            few = min(count, len(found))
+            chosen += [found[i * len(found) // few] for i in range(few)]
+        return _Answers(chosen, self.store)
+
+
+def _other_results(folders: Sequence[Path]) -> dict[str, dict[str, list]]:
+    """The tables of other targets' results, by target."""
+    found: dict[str, dict[str, list]] = {}
+    for folder in folders:
+        try:
+            name = json.loads((folder / "settings.json").read_text())["measured"]["target"]
+            tables_of = json.loads((folder / "results.json").read_text())
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder} is no folder of results: {error!r}.") from None
+        if name in found:
+            raise ValueError(f"{folder} has results of {name}, as another one; expected one each.")
+        found[name] = tables_of
+    return found
 
 
 def _drafters(
@@ -184,9 +261,9 @@ def _variants(
     return variants, averages
 
 
-def _check_settings(options: EvaluateOptions, drafters: Mapping[str, EagleDrafter]) -> None:
+def _check_settings(options: EvaluateOptions, weights: Mapping[str, str], device: str) -> None:
     """Write what the figures belong to; refuse a folder that holds figures of something else."""
-    digests = {name: _digest(drafters[name]) for name in options.drafters}
+    digests = {name: weights[name] for name in options.drafters}
     settings = {
         "target": options.target,
         "drafters": {
@@ -216,7 +293,7 @@ def _check_settings(options: EvaluateOptions, drafters: Mapping[str, EagleDrafte
         settings["drafters"] = {**known, **settings["drafters"]}
     provenance = {
         "machine": platform.processor() or platform.machine(),
-        "device": str(next(iter(drafters.values())).device),
+        "device": device,
         "threads": torch.get_num_threads(),
         "taps_hf": __version__,
         "torch": torch.__version__,
@@ -234,57 +311,14 @@ def _digest(drafter: EagleDrafter) -> str:
     return digest.hexdigest()[:16]
 
 
-def _replay_all(
-    files: Sequence[Path],
-    store: RecordStore,
-    target: PreTrainedModel,
-    drafters: Mapping[str, EagleDrafter],
-    variants: Sequence[Variant],
-    kept: Measurements,
-) -> None:
-    with tqdm(files, unit="answer", desc="replay") as progress:
-        for file in progress:
-            found = store.load(file)
-            pending = [v for v in variants if not kept.has(found.key, v.name)]
-            if pending:
-                kept.add(replay(found, target, drafters, pending))
-
-
-def _run_all(
-    files: Sequence[Path],
-    store: RecordStore,
-    target: PreTrainedModel,
-    drafters: Mapping[str, EagleDrafter],
-    variants: Sequence[Variant],
-    options: EvaluateOptions,
-    temperature: float,
-    kept: Measurements,
-) -> None:
-    asked = options.record_options(temperature)
-    with tqdm(files, unit="answer", desc="live") as progress:
-        for number, file in enumerate(progress):
-            found = store.load(file)
-            if not all(kept.has(found.key, variant.name) for variant in variants):
-                kept.add(run_live(found, target, drafters, variants, asked, number))
-
-
-def _some(files: Sequence[Path], benchmark: str, count: int) -> list[Path]:
-    """`count` of a benchmark's records, evenly spread."""
-    found = [file for file in files if file.name.startswith(f"{benchmark}-t")]
-    count = min(count, len(found))
-    return [found[i * len(found) // count] for i in range(count)]
-
-
 def _report(
     options: EvaluateOptions,
-    variants: Sequence[Variant],
     averages: Mapping[str, float],
-    benchmarks: Sequence[str],
-    replayed: Measurements,
-    live: Measurements,
+    measured: tables.Measured,
+    lively: tables.Measured,
+    others: Mapping[str, Mapping[str, list]],
 ) -> None:
-    measured = tables.Measured(replayed.rows, variants, benchmarks, options.temperatures)
-    lively = tables.Measured(live.rows, variants, benchmarks, options.temperatures)
+    variants = measured.variants
     made: list[tables.Table] = []
     for temperature in options.temperatures:
         made.append(tables.acceptance_table(measured, temperature, live=False))
@@ -299,11 +333,8 @@ def _report(
         ):
             made.append(build(measured, temperature))
     results = {table.name: table.json() for table in made}
-    if options.others:
-        by_target = {options.target: results}
-        for folder in options.others:
-            by_target[folder.name] = json.loads((folder / "results.json").read_text())
-        made.append(tables.scaling_table(by_target))
+    if others:
+        made.append(tables.scaling_table({options.target: results, **others}))
         results[made[-1].name] = made[-1].json()
     made = [table for table in made if table.rows]
     for table in made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 WIDTH = 8.0  # inches: at 110 dots an inch as wide as a README is shown
 DPI = 110
+
+
+def check_installed() -> None:
+    """Raise `ValueError` if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("Figures need matplotlib, expected `pip install taps-hf[eval]`.")
 
 
 def _panels(count: int, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:

@@ -20,6 +20,7 @@ def run_live(
     target: PreTrainedModel,
     drafters: Mapping[str, EagleDrafter],
     variants: Sequence[Variant],
+    weights: Mapping[str, str],
     options: RecordOptions,
     rotation: int = 0,
 ) -> list[Cycles]:
@@ -30,6 +31,7 @@ def run_live(
         target: the model.
         drafters: by name.
         variants: what to run.
+        weights: a digest of each drafter, for the variants' keys.
         options: how the target answers.
         rotation: how far the order (plain, then the variants) is rotated, so that none always
             comes first.
@@ -65,6 +67,7 @@ def run_live(
             Cycles(
                 record=record.key,
                 variant=variant.name,
+                variant_key=variant.key(weights),
                 benchmark=record.benchmark,
                 category=record.category,
                 temperature=record.temperature,

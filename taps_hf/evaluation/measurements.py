@@ -21,6 +21,7 @@ class Cycles:
     Args:
         record: key of the record.
         variant: name of the variant.
+        variant_key: tells it from others of that name; see [`Variant.key`].
         benchmark, category: of the question.
         temperature: the target's.
         tokens: emitted in all.
@@ -30,8 +31,8 @@ class Cycles:
             nothing was drafted.
         accepted_entropy: draft entropy (nats) of the distribution each accepted token came from,
             the smallest of those drafters that proposed it.
-        rejected_entropy: the same where the walk left the tree; None where it could not go on
-            because the tree ended, or the answer.
+        rejected_entropy: the same where the walk left the tree, of all drafters with a node there;
+            None where it could not go on because the tree ended, or the answer.
         accepted_target_entropy: entropy of the target's distributions at the accepted tokens.
         rejected_target_entropy: of the one at which the walk left the tree, or None.
         overlap: of the paths in the verified tree the share that all of its drafters proposed
@@ -43,6 +44,7 @@ class Cycles:
 
     record: str
     variant: str
+    variant_key: str
     benchmark: str
     category: str
     temperature: float
@@ -96,7 +98,7 @@ class CycleRecorder:
         self,
         tree: DraftTree,
         chosen: Sequence[int],
-        path: Sequence[int],
+        copies: Sequence[Sequence[int]],
         emitted: int,
     ) -> None:
         """Note a cycle.
@@ -104,27 +106,30 @@ class CycleRecorder:
         Args:
             tree: what was verified.
             chosen: whose proposals it holds.
-            path: its accepted nodes, from depth 1 on.
+            copies: its accepted nodes from depth 1 on, each with all its copies.
             emitted: tokens emitted.
         """
         columns = self.columns
         target = self.entropies[self.emitted :]
-        columns["accepted"].append(len(path))
+        length = len(copies)
+        columns["accepted"].append(length)
         columns["nodes"].append(len(tree) - 1)
         columns["chosen"].append(list(chosen))
-        columns["accepted_entropy"].append([_entropy(tree, node) for node in path])
-        last = path[-1] if path else 0
-        children = (tree.parents == last).nonzero().flatten().tolist()
-        rejected = bool(children) and emitted > len(path)
-        columns["rejected_entropy"].append(_entropy(tree, children[0]) if rejected else None)
-        columns["accepted_target_entropy"].append(target[: len(path)])
-        columns["rejected_target_entropy"].append(target[len(path)] if rejected else None)
+        columns["accepted_entropy"].append([_entropy(tree, nodes) for nodes in copies])
+        last = torch.tensor(copies[-1] if copies else [0])
+        children = torch.isin(tree.parents, last).nonzero().flatten().tolist()
+        rejected = bool(children) and emitted > length
+        columns["rejected_entropy"].append(_entropy(tree, children) if rejected else None)
+        columns["accepted_target_entropy"].append(target[:length])
+        columns["rejected_target_entropy"].append(target[length] if rejected else None)
         columns["overlap"].append(overlap(tree, chosen) if len(chosen) > 1 else None)
         self.emitted += emitted
 
 
-def _entropy(tree: DraftTree, node: int) -> float:
-    return min(x for x in tree.entropy[:, node].tolist() if not math.isnan(x))
+def _entropy(tree: DraftTree, nodes: Sequence[int]) -> float:
+    """The smallest that any drafter had at any of the nodes."""
+    values = tree.entropy[:, list(nodes)].flatten().tolist()
+    return min(value for value in values if not math.isnan(value))
 
 
 def overlap(tree: DraftTree, drafters: Sequence[int]) -> float:
@@ -159,19 +164,19 @@ class Measurements:
                 self.rows.append(Cycles(**json.loads(line)))
                 whole += len(line)
         os.truncate(file, whole)
-        self._known = {(row.record, row.variant) for row in self.rows}
+        self._known = {(row.record, row.variant_key): row for row in self.rows}
 
     def __iter__(self) -> Iterator[Cycles]:
         return iter(self.rows)
 
-    def has(self, record: str, variant: str) -> bool:
-        """Whether this has been measured."""
-        return (record, variant) in self._known
+    def get(self, record: str, variant_key: str) -> Cycles | None:
+        """What was measured of this, if it was."""
+        return self._known.get((record, variant_key))
 
     def add(self, rows: Iterable[Cycles]) -> None:
-        """Take rows in and write them down."""
-        rows = list(rows)
+        """Take rows in and write them down, but for what is known."""
+        rows = [row for row in rows if (row.record, row.variant_key) not in self._known]
         with self.file.open("a") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
         self.rows += rows
-        self._known |= {(row.record, row.variant) for row in rows}
+        self._known |= {(row.record, row.variant_key): row for row in rows}

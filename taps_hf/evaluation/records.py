@@ -54,8 +54,10 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Names the record among those of one target."""
-        return f"{self.benchmark}/{self.question_id}/{self.turn}/t{self.temperature:g}"
+        """Names the record; another text has another name."""
+        digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:8]
+        question = f"{self.benchmark}/{self.question_id}"
+        return f"{question}/{self.turn}/t{self.temperature:g}-{digest}"
 
     @property
     def num_answer_tokens(self) -> int:

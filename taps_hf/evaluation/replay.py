@@ -65,6 +65,7 @@ def replay(
     target: PreTrainedModel,
     drafters: Mapping[str, EagleDrafter],
     variants: Sequence[Variant],
+    weights: Mapping[str, str],
 ) -> list[Cycles]:
     """What each variant would have done on the way to the recorded answer.
 
@@ -73,6 +74,7 @@ def replay(
         target: for its embedding and head; it is not run.
         drafters: by name.
         variants: what to replay, for deterministic trees (the walk).
+        weights: a digest of each drafter, for the variants' keys.
 
     Returns:
         the cycles of each variant, in their order.
@@ -100,6 +102,7 @@ def replay(
         Cycles(
             record=record.key,
             variant=run.variant.name,
+            variant_key=run.variant.key(weights),
             benchmark=record.benchmark,
             category=record.category,
             temperature=record.temperature,
@@ -128,9 +131,9 @@ def _cycle(
         tree, chosen = choice.tree, choice.drafters
     else:
         tree, chosen = DraftTree.root(record.tokens[root : root + 1], count), ()
-    path, copies = _walk(tree, record.tokens[root + 1 :].tolist())
-    emitted = min(len(path) + 1, len(record.tokens) - 1 - root)
-    run.recorder.add(tree, chosen, path, emitted)
+    copies = _walk(tree, record.tokens[root + 1 :].tolist())
+    emitted = min(len(copies) + 1, len(record.tokens) - 1 - root)
+    run.recorder.add(tree, chosen, copies, emitted)
     if chosen:
         origins = tuple(tree.proposers(nodes) for nodes in copies)
         run.history.append(CycleOutcome(chosen, origins))
@@ -154,21 +157,19 @@ def _as_drafter(tree: DraftTree, index: int, count: int) -> DraftTree:
     )
 
 
-def _walk(tree: DraftTree, tokens: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-    """The nodes that carry `tokens` from the root on, and all copies of each.
+def _walk(tree: DraftTree, tokens: Sequence[int]) -> list[list[int]]:
+    """The nodes that carry `tokens` from the root on, each with all its copies.
 
     A tree that holds a path several times (concatenated trees) is walked along all copies at once.
     """
     children: dict[tuple[int, int], list[int]] = {}
     for node, key in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist())):
         children.setdefault(key, []).append(node)
-    path: list[int] = []
     copies: list[list[int]] = []
     here = [0]
     for token in tokens:
         here = [child for node in here for child in children.get((node, token), ())]
         if not here:
             break
-        path.append(here[0])
         copies.append(here)
-    return path, copies
+    return copies

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,16 @@ class Variant:
     strategy: Strategy
     tree: TreeShape
 
+    def key(self, weights: Mapping[str, str]) -> str:
+        """Tells it from every variant that may give other figures.
+
+        Args:
+            weights: a digest of each drafter's weights, by name.
+        """
+        drafters = [weights[name] for name in self.drafters]
+        text = json.dumps([drafters, repr(self.strategy), repr(self.tree)])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 
 def standard_variants(
     alone: Sequence[str], composed: Sequence[str], tree: DynamicTree
@@ -40,8 +52,10 @@ def standard_variants(
     """
     found = [Variant(name, (name,), Single(0), tree) for name in alone]
     if composed:
-        if len(composed) < 2:
-            raise ValueError(f"{composed} were given to compose, expected two drafters or more.")
+        if len(set(composed)) < max(2, len(composed)):
+            raise ValueError(
+                f"{composed} were given to compose, expected two different ones or more."
+            )
         ways: Mapping[str, Strategy] = {
             "confidence": Confidence(),
             "confidence-per-prompt": Confidence(per="prompt"),

@@ -7,11 +7,12 @@ are counted by reason, never dropped in silence.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,14 @@ def read_rows(source: DataSource, report: DataReport, seed: int) -> list[SourceR
     return rows[: source.count]
 
 
+def digest_of(rows: Iterable[SourceRow]) -> str:
+    """16 hexadecimal digits of the SHA-256 over what all rows say, in their order."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row.fields, sort_keys=True, default=str).encode())
+    return found.hexdigest()[:16]
+
+
 def read_mixture(
     sources: Sequence[DataSource], report: DataReport, seed: int = 0
 ) -> list[SourceRow]:
@@ -211,7 +220,8 @@ def read_mixture(
 def _rows(name: str, report: DataReport) -> Iterator[SourceRow]:
     path = Path(name)
     if path.is_file():
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     fields = json.loads(line)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from tqdm.auto import tqdm
@@ -46,8 +48,7 @@ class FeatureStore:
             raise ValueError(f"{self.folder} holds features of {file.read_text()}, expected {meta}")
         for name in ("features", "tokens", "lengths"):
             self._file(name).touch()
-        self._offsets: dict[bytes, int] = {}
-        self.num_tokens = 0
+        self._lock: IO[bytes] | None = None
         self._index()
 
     def __contains__(self, input_ids: Sequence[int]) -> bool:
@@ -70,7 +71,12 @@ class FeatureStore:
         return flat.view(-1, self.hidden_size)
 
     def append(self, rows: Iterable[tuple[Sequence[int], torch.Tensor]]) -> None:
-        """Add rows of (input ids, features of shape (len(input ids), hidden))."""
+        """Add rows of (input ids, features of shape (len(input ids), hidden)).
+
+        Raises:
+            ValueError: for features of another shape, or if another process is appending.
+        """
+        self._hold()
         rows = [(ids, features) for ids, features in rows if ids not in self]
         if not rows:
             return
@@ -117,10 +123,27 @@ class FeatureStore:
             )
         return needed
 
+    def _hold(self) -> None:
+        """Be the only one that appends, until this process ends."""
+        if self._lock is not None:
+            return
+        lock = (self.folder / "lock").open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise ValueError(
+                f"Another process is writing to {self.folder}; expected a store of one's own."
+            ) from None
+        self._lock = lock
+        self._index()  # another process may have written since
+
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.bin"
 
     def _index(self) -> None:
+        self._offsets: dict[bytes, int] = {}
+        self.num_tokens = 0
         tokens = self._file("tokens").read_bytes()
         lengths = self._file("lengths").read_bytes()
         lengths = lengths[: len(lengths) // 4 * 4]

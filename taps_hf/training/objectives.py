@@ -86,7 +86,6 @@ class FrozenTarget:
             rows = drafter.draft_token_ids.to(self.head_weight.device)
             self.head_weight = self.head_weight[rows]
             self.head_bias = None if self.head_bias is None else self.head_bias[rows]
-        self.token_ids = drafter.draft_token_ids
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """Logits over the tokens the drafter scores, float32, from features (..., hidden)."""
@@ -215,11 +214,12 @@ class DraftObjective(nn.Module):
             `loss`, and in training the sums `regression`, `token` and `top_k`, detached, in
             evaluation `counts` (see [`replay`]).
         """
-        if features is None:
-            features = features_of(self.frozen.model, input_ids[:, :-1])
         dtype = self.drafter.dtype
-        true = features[:, :-1].to(dtype)
-        with torch.no_grad():
+        # The target computes as it does in decoding, whatever precision the drafter is trained in.
+        with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+            if features is None:
+                features = features_of(self.frozen.model, input_ids[:, :-1])
+            true = features[:, :-1].to(dtype)
             embeds = self.frozen.embedding(input_ids[:, 1:-1]).to(dtype)
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORED).sum()
@@ -246,7 +246,7 @@ class DraftObjective(nn.Module):
             losses["regression"] = distance.mean(dim=1).sum()
         if not (self.options.token_weight or self.options.top_k_weight):
             return losses
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(true.device.type, enabled=False):
             wanted = self.frozen.scores(true).softmax(dim=1)
         log_p = self.frozen.scores(predicted).log_softmax(dim=1)
         if self.options.token_weight:
@@ -269,8 +269,8 @@ class DraftObjective(nn.Module):
         hits = []
         for step, hidden in enumerate(harmonised_steps(self.drafter, embeds, true, depth)):
             best = self.frozen.scores(hidden[scored[step]]).argmax(dim=1)
-            if self.frozen.token_ids is not None:
-                best = self.frozen.token_ids[best]
+            if self.drafter.draft_token_ids is not None:
+                best = self.drafter.draft_token_ids[best]
             hit = torch.zeros_like(scored[step])
             hit[scored[step]] = best == input_ids[:, 2:][scored[step]]
             hits.append(hit)
@@ -279,7 +279,7 @@ class DraftObjective(nn.Module):
         counts = replay(hits, scored[0])
         weights = {name: getattr(self.options, f"{name}_weight") for name in found}
         loss = sum(weights[name] * value for name, value in found.items())
-        return {"loss": loss / counts[0].clamp(min=1), "counts": counts[None]}
+        return {"loss": loss / counts[:, 0].sum().clamp(min=1), "counts": counts}
 
 
 def replay(hits: list[torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
@@ -291,14 +291,14 @@ def replay(hits: list[torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
         scored: (batch, slots) bool: slots a chain can start from.
 
     Returns:
-        (1 + depths,) float32: chains, and of these those accepted to depth 1, 2, ... or deeper.
-        The sum of the latter over the former is the accepted length.
+        (batch, 1 + depths) float32: chains, and of these those accepted to depth 1, 2, ... or
+        deeper. The sum of the latter over the former is the accepted length.
     """
-    counts = [scored.sum()]
+    counts = [scored.sum(dim=1)]
     alive = scored
     for hit in hits:
         # A chain that started at slot p is at slot p + j - 1 at step j.
         alive = alive & hit
-        counts.append(alive.sum())
+        counts.append(alive.sum(dim=1))
         alive = F.pad(alive[:, :-1], (1, 0), value=False)
-    return torch.stack(counts).float()
+    return torch.stack(counts, dim=1).float()

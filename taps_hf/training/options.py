@@ -71,6 +71,8 @@ class TrainOptions:
     seed: int = _option(0, "of weights, noise and order")
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), kind)
         if not self.data:
             raise ValueError("`data` is empty, expected at least one source.")
         if not self.out:
@@ -83,6 +85,13 @@ class TrainOptions:
             raise ValueError(f"`held_out` is {self.held_out}, expected a share between 0 and 1.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"`dtype` is {self.dtype!r}, expected bfloat16, float16 or float32.")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"`device` is {self.device!r}, expected cpu or cuda.")
+        if self.max_steps == 0 or self.epochs <= 0 or not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"`epochs`, `max_steps` and `warmup` are {self.epochs}, {self.max_steps} and "
+                f"{self.warmup}, expected more than none, and a share below 1."
+            )
         least = {"eval_rows": 1, "eval_depth": 1, "max_length": 4, "batch_size": 1}
         least |= {"gradient_accumulation": 1, "evaluations": 1}
         for name, number in least.items():
@@ -100,6 +109,18 @@ class TrainOptions:
     def sources(self) -> list[DataSource]:
         """The data asked for."""
         return [DataSource.parse(text) for text in self.data]
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Recipes are read from YAML, where `3e-5` is a text and `a.jsonl` no list."""
+    if typing.get_origin(kind) is list:
+        right = isinstance(value, list) and all(isinstance(x, str) for x in value)
+    elif float in (kind, *typing.get_args(kind)):
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not right and not (value is None and type(None) in typing.get_args(kind)):
+        raise ValueError(f"`{name}` is {value!r}, expected a {kind}.")
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:

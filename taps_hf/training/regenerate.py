@@ -22,6 +22,7 @@ from .conversations import (
     DataReport,
     DataSource,
     UnusableRowError,
+    digest_of,
     messages_of,
     prompt_of,
     read_mixture,
@@ -184,7 +185,14 @@ def regenerate(
     """
     report = DataReport()
     rows = read_mixture(sources, report, options.seed)
-    done = _resume(out, target, sources, options)
+    asked = {
+        "target": target.config.name_or_path,
+        "dtype": str(target.dtype),
+        "rows": digest_of(rows),
+        "features": store is not None,
+        "options": dict(vars(options)),
+    }
+    done = _resume(out, asked)
     end_ids = end_of_turn_ids(target, tokenizer)
     with tqdm(total=len(rows), unit="prompt", desc=out.name) as progress:
         for start in range(0, len(rows), options.chunk_size):
@@ -259,15 +267,8 @@ def _state_file(out: Path) -> Path:
     return out.with_name(out.name + ".state.json")
 
 
-def _resume(
-    out: Path, target: PreTrainedModel, sources: Sequence[DataSource], options: RegenerateOptions
-) -> int:
+def _resume(out: Path, asked: dict[str, object]) -> int:
     """How many rows were dealt with before; cuts off what a stopped run left half written."""
-    asked = {
-        "target": target.config.name_or_path,
-        "sources": [[Path(s.name).name, s.count, s.share] for s in sources],
-        "options": dict(vars(options)),
-    }
     file = _state_file(out)
     if not file.exists():
         if out.exists() and out.stat().st_size:
@@ -291,7 +292,7 @@ def _write(
     end_ids: set[int],
     done: int,
 ) -> None:
-    with out.open("a") as file:
+    with out.open("a", encoding="utf-8") as file:
         file.writelines(_lines(tokenizer, prompts, answers, end_ids))
         file.flush()
         os.fsync(file.fileno())

@@ -6,17 +6,19 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_eagle import tokenizer_fingerprint
 from ..modeling_eagle import EagleDrafter
-from .conversations import DataReport, DataSource, SourceRow, read_mixture
+from ..validation import check_drafter, check_tokenizer
+from .conversations import DataReport, DataSource, SourceRow, digest_of, read_mixture
 from .encoding import Example, encode_rows
 from .features import FeatureStore, features_of, fill_store
 from .memory import check_memory, estimate_memory
@@ -43,11 +45,12 @@ def train(options: TrainOptions) -> dict[str, float]:
         torch.set_num_threads(options.threads)
     # Probabilities this small change nothing and slow a CPU's softmax down several times.
     torch.set_flush_denormal(True)
-    work = Path(options.out.rstrip("/") + ".checkpoints")
+    out = Path(options.out).resolve()
+    work = out.with_name(out.name + ".checkpoints")
     arguments = _arguments(options, work)
     rows = _Rows(options)
     with arguments.main_process_first(local=False, desc="options"):
-        _remember(options, work)
+        _remember(options, arguments.world_size, rows.digest(), work)
     target, tokenizer = load_target(
         options.target, getattr(torch, options.dtype), str(arguments.device)
     )
@@ -84,14 +87,14 @@ def train(options: TrainOptions) -> dict[str, float]:
     arguments.eval_steps = arguments.save_steps = _interval(options, arguments, len(examples))
     scored = sum(sum(example.is_answer) for example in examples)
     say(f"{len(examples)} examples, {scored} tokens of answers; checkpoints in {work}")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     measured: dict[str, float] = {}
     for name, dataset in trainer.eval_dataset.items():
         measured |= trainer.evaluate(dataset, metric_key_prefix=name)
     kept = ("top_1", "accepted_length", "chains")
     measured = {k: v for k, v in measured.items() if k.endswith(kept)}
     if arguments.process_index == 0:
-        _save(drafter, Path(options.out))
+        _save(drafter, out)
         record = {"options": asdict(options), "measured": measured, "examples": len(examples)}
         _write_json(work / "training.json", {**record, "answer_tokens": scored})
         say(f"wrote {options.out}: " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
@@ -104,7 +107,7 @@ def _silent(*_: object) -> None:
 
 def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
     first = Path(options.sources()[0].name).name
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
@@ -131,7 +134,10 @@ def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
         label_names=["labels"],
         seed=options.seed,
         ddp_find_unused_parameters=False,
+        ddp_timeout=24 * 3600,  # the others wait while the main process fills a feature store
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: several GPUs by a launcher
+    return arguments
 
 
 def _interval(options: TrainOptions, arguments: TrainingArguments, examples: int) -> int:
@@ -143,7 +149,19 @@ def _interval(options: TrainOptions, arguments: TrainingArguments, examples: int
     return max(1, steps // options.evaluations)
 
 
-def _remember(options: TrainOptions, work: Path) -> None:
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that was written to its end; its state is written last."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda x: int(x.name.rpartition("-")[2]))
+    for folder in reversed(found):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        return str(folder)
+    return None
+
+
+def _remember(options: TrainOptions, processes: int, data: str, work: Path) -> None:
     """Keep the options with the checkpoints; refuse to go on with others.
 
     Raises:
@@ -152,6 +170,7 @@ def _remember(options: TrainOptions, work: Path) -> None:
     file = work / "options.json"
     asked = asdict(options)
     del asked["threads"]  # may differ from run to run
+    asked |= {"processes": processes, "rows": data}
     if file.exists():
         begun = json.loads(file.read_text())
         changed = {k: (begun.get(k), v) for k, v in asked.items() if begun.get(k) != v}
@@ -186,6 +205,10 @@ class _Rows:
                 [DataSource(source.name)], DataReport(), options.seed
             )
 
+    def digest(self) -> str:
+        """Of what all rows say."""
+        return digest_of(chain(self.mixture, *self.by_source.values()))
+
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, ends: set[int]
     ) -> tuple[list[Example], dict[str, list[Example]], DataReport]:
@@ -199,9 +222,13 @@ class _Rows:
         training = [x for x in examples if not is_held_out(x, options.held_out)]
         held_out = {}
         for name, rows in self.by_source.items():
-            found = encode_rows(tokenizer, rows, options.max_length, DataReport(), ends)
-            kept = [x for x in found if is_held_out(x, options.held_out)]
-            held_out[name] = kept[: options.eval_rows]
+            found = []
+            for row in rows:
+                for x in encode_rows(tokenizer, [row], options.max_length, DataReport(), ends):
+                    found += [x] if is_held_out(x, options.held_out) else []
+                if len(found) == options.eval_rows:
+                    break
+            held_out[name] = found
         empty = [name for name, found in held_out.items() if not found]
         if not training or empty:
             raise ValueError(
@@ -227,13 +254,15 @@ def _drafter(
     names = [str(Path(text).name) for text in options.data]
     if options.init_from is not None:
         drafter = EagleDrafter.from_pretrained(options.init_from, dtype=torch.float32)
-        if drafter.config.hidden_size != target.get_input_embeddings().weight.shape[1]:
-            raise ValueError(
-                f"`init_from` is a drafter of width {drafter.config.hidden_size}, expected the "
-                f"target's, {target.get_input_embeddings().weight.shape[1]}."
-            )
+        check_drafter(options.init_from, drafter, target)
+        check_tokenizer({options.init_from: drafter}, tokenizer)
+        asked = {"fc_bias": options.fc_bias, "input_norm": options.input_norm}
+        asked |= {"draft_vocab_size": options.draft_vocab} if options.draft_vocab else {}
+        found = {name: getattr(drafter.config, name) for name in asked}
+        if any(asked[name] and asked[name] != found[name] for name in asked):
+            raise ValueError(f"`init_from` is a drafter with {found}, but {asked} was asked for.")
         drafter.config.backbone, drafter.config.training_data = backbone, names
-        return drafter.train()
+        return drafter.to(target.device).train()
     tokens = None
     if options.draft_vocab is not None:
         size = target.get_output_embeddings().weight.shape[0]
@@ -284,13 +313,13 @@ def _stores(
 
 
 def _save(drafter: EagleDrafter, out: Path) -> None:
-    """Write the folder whole or not at all."""
-    temporary = out.with_name(out.name + ".tmp")
+    """Write the folder whole: it is made elsewhere and then takes its name."""
+    temporary, old = (out.with_name(out.name + ending) for ending in (".tmp", ".old"))
     drafter.to(torch.bfloat16).save_pretrained(temporary)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
-        os.replace(file, out / file.name)
-    temporary.rmdir()
+    if out.exists():
+        out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(file: Path, content: dict) -> None:

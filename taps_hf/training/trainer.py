@@ -115,7 +115,7 @@ class DrafterTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.no_grad(), self.compute_loss_context_manager():
             found = model(**self._prepare_inputs(inputs))
-        # A row of counts for each batch; the labels are there for Trainer to call compute_metrics.
+        # A row of counts for each example; labels are there for Trainer to call compute_metrics.
         return found["loss"].detach(), found["counts"], found["counts"]
 
 

@@ -68,10 +68,45 @@ def test_one_command_writes_everything(folder, tmp_path, capsys):
     assert "measured with other settings" in capsys.readouterr().err
 
     other = tmp_path / "other"
+    settings = out / "settings.json"
+    settings.write_text(settings.read_text().replace(str(folder / "target"), "elsewhere"))
     assert main(arguments(folder, other, "--others", str(out))) == 0
     scaling = json.loads((other / "results.json").read_text())["scaling"]
     alone = next(row for row in scaling if row["variant"] == "math")
-    assert alone["results"] == pytest.approx(alone[str(folder / "target")])
+    assert alone["elsewhere"] == pytest.approx(alone[str(folder / "target")])
+
+
+def test_what_is_added_does_not_pass_for_what_was_there(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "results"
+
+    def merged(*more) -> dict:
+        assert main(arguments(folder, out, *more)) == 0
+        results = json.loads((out / "results.json").read_text())["acceptance-t0"]
+        return next(row for row in results if row["variant"] == "merged")
+
+    two = merged("--compose", "math", "chat", "--live", "1")
+    third = tmp_path / "code"
+    tiny_drafters(3)[2].save_pretrained(third)
+    more = ["--drafter", f"code={third}", "--live", "1"]
+    three = merged("--compose", "math", "chat", "code", *more)
+    assert three["nodes a cycle"] > two["nodes a cycle"]
+    assert merged("--compose", "math", "chat", "--live", "1") == two
+    live = [json.loads(line) for line in (out / "live.jsonl").open()]
+    pairs = [(row["record"], row["variant_key"]) for row in live]
+    assert len(pairs) == len(set(pairs))
+
+    # Another text under the same question ids.
+    lines = (folder / "sums.jsonl").read_text()
+    changed = tmp_path / "sums.jsonl"
+    changed.write_text(lines.replace("t5 t6", "t9 t9 t9"))
+    swapped = arguments(folder, out, "--compose", "math", "chat")
+    swapped[swapped.index(f"sums={folder / 'sums.jsonl'}")] = f"sums={changed}"
+    assert main(swapped) == 0
+    results = json.loads((out / "results.json").read_text())["acceptance-t0"]
+    found = next(row for row in results if row["variant"] == "merged")
+    assert found["talk"] == two["talk"]
+    assert found["sums"] != two["sums"]
 
 
 def test_bad_input_is_refused_and_named(folder, tmp_path, capsys):
@@ -89,7 +124,11 @@ def test_bad_input_is_refused_and_named(folder, tmp_path, capsys):
     refused("distinct names", "--drafter", f"math={folder / 'chat'}")
     refused("NAME=PATH", "--drafter", "x")
     refused("does not exist", "--benchmark", "x=none.jsonl")
-    refused("expected two drafters or more", "--compose", "math")
+    refused("expected two different ones or more", "--compose", "math")
+    refused("distinct names", "--benchmark", f"sums={folder / 'talk.jsonl'}")
+    refused("`live` is -1", "--live", "-1")
+    refused("`temperatures` are", "--temperature", "-1")
+    refused("is no folder of results", "--others", str(tmp_path / "none"))
     refused("hidden", "--drafter", f"wide={wide}")
     refused(
         "names two variants", "--drafter", f"merged={folder / 'math'}", "--compose", "math", "chat"

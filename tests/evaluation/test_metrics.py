@@ -27,7 +27,7 @@ def cycles(accepted, tokens=None, record="a/1/0/t0", variant="v", **more) -> Cyc
     }
     tokens = sum(accepted) + len(accepted) if tokens is None else tokens
     benchmark = record.partition("/")[0]
-    return Cycles(record, variant, benchmark, "", 0.0, tokens, list(accepted), **columns)
+    return Cycles(record, variant, variant, benchmark, "", 0.0, tokens, list(accepted), **columns)
 
 
 ROWS = [cycles([2, 0, 1]), cycles([3], 3, record="a/2/0/t0"), cycles([0, 0], record="b/1/0/t0")]
@@ -99,9 +99,9 @@ def test_measurements_survive_a_torn_line(tmp_path):
         torn.write('{"record": "a/3')
     again = Measurements(file)
     assert again.rows == ROWS[:2]
-    assert again.has("a/1/0/t0", "v")
-    assert not again.has("b/1/0/t0", "v")
-    again.add(ROWS[2:])
+    assert again.get("a/1/0/t0", "v") == ROWS[0]
+    assert again.get("b/1/0/t0", "v") is None
+    again.add(ROWS)  # what is known is not taken twice
     assert Measurements(file).rows == ROWS
 
 

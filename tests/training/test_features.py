@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import shutil
 
 import pytest
@@ -65,6 +66,17 @@ def test_half_written_rows_are_overwritten(tmp_path):
         fill_store(store_in(folder), tiny_target(), ROWS)
     for name in ("features", "tokens", "lengths"):
         assert (whole / f"{name}.bin").read_bytes() == (torn / f"{name}.bin").read_bytes()
+
+
+def test_two_writers_do_not_mix(tmp_path):
+    one, two = store_in(tmp_path), store_in(tmp_path)
+    fill_store(one, tiny_target(), ROWS[:1])
+    with pytest.raises(ValueError, match="Another process is writing"):
+        fill_store(two, tiny_target(), ROWS)
+    del one
+    gc.collect()
+    fill_store(two, tiny_target(), ROWS)  # and knows what the first has written
+    assert len(two) == len(store_in(tmp_path)) == 4
 
 
 def test_misfits_are_refused(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from taps_hf.cli import main
 from taps_hf.training.encoding import Example
 from taps_hf.training.features import features_of
 from taps_hf.training.options import TrainOptions, train_options
-from taps_hf.training.train import is_held_out, train
+from taps_hf.training.train import _last_checkpoint, is_held_out, train
 
 from ..tiny import tiny_target
 from .chat import CHATML, chat_tokenizer
@@ -103,8 +103,9 @@ def test_training_writes_a_drafter_that_got_better(options, folder, objective, c
     assert "draft vocabulary of 12: " in said
 
 
-def _steps(work: Path) -> int:
-    return max(int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*"))
+def _steps(work: Path, below: int = 10**9) -> int:
+    found = [int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*")]
+    return max(step for step in found if step < below)
 
 
 class Stop(TrainerCallback):
@@ -116,6 +117,17 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def test_more_rows_are_another_run(options, folder, tmp_path):
+    data = tmp_path / "math.jsonl"
+    data.write_text((folder / "math.jsonl").read_text())
+    options = replace(options, data=[str(data)], max_steps=2)
+    train(options)
+    with data.open("a") as file:
+        file.write(json.dumps({"instruction": "t5", "output": "t6"}) + "\n")
+    with pytest.raises(ValueError, match=r"begun with other options.*rows"):
+        train(options)
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -137,6 +149,11 @@ def test_a_stopped_run_ends_with_the_same_bits(options, tmp_path, monkeypatch, s
     train(stopped)
     expected, found = weights(whole.out), weights(stopped.out)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # A checkpoint that was being written when the run was killed is passed over.
+    last = Path(stopped.out + ".checkpoints", "checkpoint-999")
+    last.mkdir()
+    (last / "trainer_state.json").write_text('{"half')
+    assert _last_checkpoint(last.parent).endswith(str(_steps(last.parent, below=999)))
     with pytest.raises(ValueError, match=r"begun with other options.*learning_rate"):
         train(replace(stopped, learning_rate=1e-3))
 
@@ -151,6 +168,8 @@ def test_training_goes_on_from_a_drafter(options, tmp_path):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
     assert EagleDrafter.from_pretrained(hass.out).config.backbone == "hass"
+    with pytest.raises(ValueError, match="is a drafter with"):
+        train(replace(hass, draft_vocab=11, out=str(tmp_path / "other")))
 
 
 def test_a_fresh_drafter_hears_token_and_feature_alike(options, folder, monkeypatch):
@@ -208,7 +227,7 @@ def test_two_processes_train_the_model_that_one_trains(options, folder, tmp_path
         found.append((weights(out), json.loads(_record(out))["measured"]))
     for name, value in found[0][0].items():
         torch.testing.assert_close(found[1][0][name], value, rtol=1e-2, atol=1e-3)
-    assert found[0][1]["math.jsonl_chains"] <= found[1][1]["math.jsonl_chains"]
+    assert found[0][1]["math.jsonl_chains"] == found[1][1]["math.jsonl_chains"]
 
 
 def _record(out: Path) -> str:
@@ -254,6 +273,11 @@ def test_bad_input_is_refused_before_work(options, folder, tmp_path, capsys):
     refused("`held_out` is 1.5", held_out=1.5)
     refused("`batch_size` is 0", batch_size=0)
     refused("`dtype` is", dtype="int8")
+    refused("`device` is 'gpu'", device="gpu")
+    refused("`learning_rate` is '3e-5'", learning_rate="3e-5")
+    refused("`data` is 'a.jsonl'", data="a.jsonl")
+    refused("expected more than none", epochs=0)
+    refused("`out` is", out=3)
     refused("is given twice", eval_data=options.data)
     refused("`draft_vocab` is 17", draft_vocab=17, out=str(tmp_path / "a"))
     refused("none is held out", held_out=1e-9, out=str(tmp_path / "b"))
