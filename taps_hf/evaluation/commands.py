@@ -15,6 +15,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "and figures. A run that was stopped goes on where it was.",
     )
     parser.add_argument("--target", default="embedded", help="folder, Hub name, or `embedded`")
+    parser.add_argument("--chat-template", metavar="FILE", help="to use instead of the tokenizer's")
     parser.add_argument(
         "--drafter", action="append", required=True, metavar="NAME=PATH", help="may be repeated"
     )

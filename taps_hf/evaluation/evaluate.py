@@ -19,8 +19,8 @@ from ..averaging import average_drafters
 from ..modeling_eagle import EagleDrafter
 from ..shapes import DynamicTree
 from ..strategies import Single
-from ..training.target import load_target
-from ..validation import check_drafter, check_target, check_tokenizer
+from ..training.target import check_target, load_target
+from ..validation import check_drafter, check_tokenizer
 from ..version import __version__
 from . import figures, tables
 from .benchmarks import Question, read_benchmark
@@ -55,6 +55,7 @@ class EvaluateOptions:
         device: cpu or cuda; by default cuda where there is one.
         threads: CPU threads; torch's by default.
         seed: of samples of questions and of sampled answers.
+        chat_template: file with the template to use instead of the tokenizer's.
         others: folders of other targets' results, for the table of target scaling.
     """
 
@@ -77,6 +78,7 @@ class EvaluateOptions:
     device: str | None = None
     threads: int | None = None
     seed: int = 0
+    chat_template: str | None = None
     others: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
@@ -138,7 +140,7 @@ def evaluate(options: EvaluateOptions) -> None:
     figures.check_installed()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
-    target, tokenizer = load_target(options.target, dtype, device)
+    target, tokenizer = load_target(options.target, dtype, device, options.chat_template)
     drafters = _drafters(options, target, tokenizer)
     variants, averages = _variants(options, drafters)
     weights = {name: _digest(drafter) for name, drafter in drafters.items()}
@@ -152,6 +154,7 @@ def evaluate(options: EvaluateOptions) -> None:
         "batch_size": options.record_batch,
         "features": options.record_features,
         "seed": options.seed,
+        "chat_template": tokenizer.get_chat_template(),
     }
     store = RecordStore(records, settings)
     keys = {variant.key(weights) for variant in variants}

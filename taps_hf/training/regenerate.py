@@ -188,6 +188,7 @@ def regenerate(
     asked = {
         "target": target.config.name_or_path,
         "dtype": str(target.dtype),
+        "chat_template": tokenizer.get_chat_template(),
         "rows": digest_of(rows),
         "features": store is not None,
         "options": dict(vars(options)),

