@@ -169,6 +169,16 @@ def test_a_stopped_run_ends_with_the_same_bits(options, tmp_path, monkeypatch, s
         train(replace(stopped, learning_rate=1e-3))
 
 
+def test_accumulated_batches_train_like_one(options, tmp_path):
+    options = replace(options, objective="hass", noise=0.0, epochs=1, evaluations=1)
+    train(replace(options, batch_size=4))
+    halves = replace(options, batch_size=2, gradient_accumulation=2, out=str(tmp_path / "halves"))
+    train(halves)
+    expected, found = weights(options.out), weights(halves.out)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3)
+
+
 def test_training_goes_on_from_a_drafter(options, tmp_path):
     train(replace(options, draft_vocab=10))
     hass = replace(
