@@ -347,7 +347,8 @@ def _report(
 
     drawn = [figures.summary_figure(measured, options.out / "figures" / "summary.png")]
     few = [v.name for v in variants if v.name not in averages or averages[v.name] == 0.5]
-    few = [name for name in few if not name.startswith("entropy")]
+    # What shows best: not the diagnostics, nor what accepts the same tokens as another.
+    few = [x for x in few if x not in ("entropy", "concatenated") and not x.endswith("-per-prompt")]
     for t in options.temperatures:
         folder = options.out / "figures"
         drawn.append(figures.heatmap_figure(measured, t, folder / f"heatmap-t{t:g}.png"))

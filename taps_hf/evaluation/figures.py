@@ -117,12 +117,13 @@ def heatmap_figure(measured: Measured, temperature: float, file: Path) -> Path:
 def depth_figure(
     measured: Measured, temperature: float, variants: Sequence[str], file: Path
 ) -> Path:
-    """Acceptance by depth, one panel a benchmark (Figure 8)."""
+    """Acceptance by depth, one panel a benchmark (Figure 8); from 20 cycles on."""
     figure, panels = _panels(len(measured.benchmarks))
     for axes, benchmark in zip(panels, measured.benchmarks):
         deepest = 1
         for name in variants:
-            rates = metrics.acceptance_by_depth(measured.of(name, temperature, benchmark))
+            rows = measured.of(name, temperature, benchmark)
+            rates = metrics.acceptance_by_depth(rows, least=20)
             axes.plot(list(rates), list(rates.values()), marker="o", markersize=4, label=name)
             deepest = max([deepest, *rates])
         axes.set_title(benchmark, fontsize=10)

@@ -68,10 +68,11 @@ def speedup(rows: Sequence[Cycles]) -> float:
     return statistics.median(found) if found else float("nan")
 
 
-def acceptance_by_depth(rows: Sequence[Cycles]) -> dict[int, float]:
+def acceptance_by_depth(rows: Sequence[Cycles], least: int = 1) -> dict[int, float]:
     """Of the cycles that went on at depth d - 1, the share that accepted a token at depth d.
 
-    Cycles that drafted nothing, and stops in the middle of a path, do not count.
+    Cycles that drafted nothing, and stops in the middle of a path, do not count. Depths that fewer
+    than `least` cycles reached are left out.
     """
     reached: Counter[int] = Counter()
     accepted: Counter[int] = Counter()
@@ -81,7 +82,8 @@ def acceptance_by_depth(rows: Sequence[Cycles]) -> dict[int, float]:
                 for depth in range(1, emitted + 1):
                     reached[depth] += 1
                     accepted[depth] += depth <= length
-    return {d: accepted[d] / reached[d] for d in sorted(reached) if accepted[d] or d == 1}
+    known = [d for d in sorted(reached) if reached[d] >= least and (accepted[d] or d == 1)]
+    return {d: accepted[d] / reached[d] for d in known}
 
 
 def routing(rows: Sequence[Cycles], drafters: Sequence[str]) -> dict[str, float]:

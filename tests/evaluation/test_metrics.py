@@ -59,6 +59,9 @@ def test_acceptance_by_depth_is_that_of_a_trace():
             tokens = tuple(EmittedToken(1, d, (0,), (), ()) for d in range(emitted))
             trace.cycles.append(CycleTrace((0,), 8, tuple(range(length)), tokens, 0, 0, 0))
     assert metrics.acceptance_by_depth(rows) == trace.acceptance_by_depth
+    reached = {d: sum(d <= n for row in rows for n in row.emitted) for d in range(1, 6)}
+    frequent = metrics.acceptance_by_depth(rows, least=20)
+    assert set(frequent) == {d for d in trace.acceptance_by_depth if reached[d] >= 20}
     assert metrics.tau(rows) == trace.tau
     assert metrics.accepted_length(rows) == trace.accepted_length
 
