@@ -137,13 +137,13 @@ def evaluate(options: EvaluateOptions) -> None:
     for spec in options.benchmarks:
         questions += read_benchmark(spec, options.limit, options.seed)
     others = _other_results(options.others)
-    figures.check_installed()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     target, tokenizer = load_target(options.target, dtype, device, options.chat_template)
     drafters = _drafters(options, target, tokenizer)
     variants, averages = _variants(options, drafters)
     weights = {name: _digest(drafter) for name, drafter in drafters.items()}
+    figures.check_installed()
     _check_settings(options, weights, str(target.device))
 
     records = options.records or options.out / "records"
