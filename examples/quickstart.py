@@ -20,7 +20,7 @@ import torch
 from _common import answer_tokens, argument_parser, encode, load_drafters, load_target, prompts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taps_hf import DraftTrace, DynamicTree, list_strategies
+from taps_hf import DraftTrace, DynamicTree, get_strategy, list_strategies
 
 KINDS = ("math", "chat")
 COLOURS = (36, 35, 33, 34)  # ANSI, one for each drafter; several at once are green
@@ -42,11 +42,14 @@ class Comparison:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns 1 if an answer differed in float32, else 0."""
     parser = argument_parser(__doc__, max_new_tokens=96)
-    parser.add_argument("--strategy", default="merged", choices=list_strategies())
-    parser.add_argument("--depth", type=int, default=3, metavar="N", help="levels of a tree")
-    parser.add_argument("--num-nodes", type=int, default=8, metavar="N", help="nodes of a tree")
+    parser.add_argument("--strategy", default="auto", choices=list_strategies())
+    parser.add_argument("--depth", type=int, metavar="N", help="levels of a tree, at most")
+    parser.add_argument("--num-nodes", type=int, metavar="N", help="nodes of a tree, at most")
     options = parser.parse_args(argv)
-    tree = DynamicTree(options.depth, top_k=min(8, options.num_nodes), num_nodes=options.num_nodes)
+    depth, top_k, num_nodes = get_strategy(options.strategy).tree_limits
+    depth = depth if options.depth is None else options.depth
+    num_nodes = num_nodes if options.num_nodes is None else options.num_nodes
+    tree = DynamicTree(depth, min(top_k, num_nodes), num_nodes)
     settings = {"strategy": options.strategy, "tree": tree}
     questions = [(kind, prompt) for kind in KINDS for prompt in prompts(kind)]
 

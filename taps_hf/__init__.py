@@ -27,6 +27,7 @@ from .strategies import (
     Merged,
     Single,
     Strategy,
+    get_strategy,
     list_strategies,
     register_strategy,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "concatenate",
     "disable",
     "enable",
+    "get_strategy",
     "is_enabled",
     "list_strategies",
     "measure_costs",

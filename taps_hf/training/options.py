@@ -16,6 +16,7 @@ from .conversations import DataSource
 from .objectives import ObjectiveOptions
 
 OBJECTIVES = ("eagle", "hass")
+STARTS = ("random", "least_squares")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -38,6 +39,7 @@ class TrainOptions:
     out: str = _option("", "folder to write the drafter to")
     objective: str = _option("eagle", "eagle or hass, as published")
     init_from: str | None = _option(None, "drafter to start from (HASS starts from EAGLE's)")
+    start: str = _option("random", "projection of a new drafter: random, or least_squares")
     eval_data: list[str] = _option([], "more sources of which the held-out rows are measured")
     held_out: float = _option(0.02, "share of all rows, the same ones in every run, not trained on")
     eval_rows: int = _option(200, "held-out rows of each source that are measured")
@@ -82,6 +84,8 @@ class TrainOptions:
             raise ValueError(f"`out` is {self.out}, a file; expected a folder.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` is {self.objective!r}, expected one of {OBJECTIVES}.")
+        if self.start not in STARTS:
+            raise ValueError(f"`start` is {self.start!r}, expected one of {STARTS}.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is {self.held_out}, expected a share between 0 and 1.")
         if self.dtype not in ("bfloat16", "float16", "float32"):

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,7 @@ from .memory import check_memory, estimate_memory
 from .objectives import DraftObjective, FrozenTarget
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
+from .start import balance_inputs, check_can_be_fitted, fit_projection
 from .target import check_target, load_target
 from .trainer import DrafterTrainer, ExampleDataset, coverage, frequent_tokens
 
@@ -77,6 +78,12 @@ def train(options: TrainOptions) -> dict[str, float]:
     if options.features:
         with arguments.main_process_first(local=False, desc="features"):
             stores = _stores(options, target, [examples, *held_out.values()])
+    if options.init_from is None:
+        given = (drafter, frozen.embedding, examples, _features_reader(target, stores))
+        if options.start == "least_squares":
+            say(f"the projection explains {fit_projection(*given):.1%} of the features' variance")
+        else:
+            balance_inputs(*given)
     objective = DraftObjective(drafter, frozen, objective_options, options.eval_depth)
     objective.to(arguments.device)
     trainer = DrafterTrainer(
@@ -280,24 +287,24 @@ def _drafter(
         training_data=names,
     )
     drafter = drafter.float()
-    _balance_inputs(drafter, target, examples[:16])
+    if options.start == "least_squares":
+        check_can_be_fitted(drafter)
     return drafter.train()
 
 
-@torch.no_grad()
-def _balance_inputs(
-    drafter: EagleDrafter, target: PreTrainedModel, examples: Sequence[Example]
-) -> None:
-    """Scale the projection so that embedding and feature contribute alike before training.
+def _features_reader(
+    target: PreTrainedModel, stores: Sequence[FeatureStore]
+) -> Callable[[Example], torch.Tensor]:
+    """Reads, or computes, the features of an example."""
 
-    A target's embeddings are often ten and more times smaller than its features. With equal initial
-    weights the next token, half of what the drafter is told, would at first be lost.
-    """
-    ids = [torch.tensor(example.input_ids, device=target.device) for example in examples]
-    features = torch.cat([features_of(target, x[None])[0] for x in ids]).float()
-    embeds = target.get_input_embeddings()(torch.cat(ids)).float()
-    width = drafter.config.hidden_size
-    drafter.fc.weight[:, :width] *= (features.std() / embeds.std()).to(drafter.device)
+    def read(example: Example) -> torch.Tensor:
+        known = example.input_ids[:-1]
+        for store in stores:
+            if known in store:
+                return store.read(known)
+        return features_of(target, torch.tensor([known], device=target.device))[0]
+
+    return read
 
 
 def _stores(

@@ -1,0 +1,112 @@
+"""Where a drafter's weights start, before any step of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..modeling_eagle import EagleDrafter
+from .encoding import Example
+
+_SLOTS = 100_000  # that the projection is fitted to, at most
+_RIDGE = 1e-3  # penalty, in units of the inputs' variances
+
+
+@torch.no_grad()
+def balance_inputs(
+    drafter: EagleDrafter,
+    embedding: torch.nn.Module,
+    examples: Sequence[Example],
+    features_of: Callable[[Example], torch.Tensor],
+) -> None:
+    """Scale the projection so that embedding and feature contribute alike before training.
+
+    A target's embeddings are often ten and more times smaller than its features. With equal initial
+    weights the next token, half of what the drafter is told, would at first be lost.
+
+    Args:
+        drafter: changed in place.
+        embedding: the target's.
+        examples: what it will be trained on.
+        features_of: the target's features of an example's tokens but the last, (n - 1, hidden).
+    """
+    few = examples[:16]
+    features = torch.cat([features_of(example) for example in few]).float()
+    tokens = torch.cat([torch.tensor(example.input_ids) for example in few])
+    embeds = embedding(tokens.to(drafter.device)).float()
+    width = drafter.config.hidden_size
+    drafter.fc.weight[:, :width] *= (features.std() / embeds.std()).to(drafter.device)
+
+
+def check_can_be_fitted(drafter: EagleDrafter) -> None:
+    """Raise `ValueError` unless the layer adds its outputs to what the projection gives."""
+    layer = drafter.trunk.layers[0]
+    # Gemma's layers normalise their outputs before adding them: no weights make those small.
+    fits = hasattr(getattr(layer, "self_attn", None), "o_proj")
+    fits = fits and hasattr(getattr(layer, "mlp", None), "down_proj")
+    if not fits or hasattr(layer, "post_feedforward_layernorm"):
+        raise ValueError(
+            f"`start` is 'least_squares', but a {type(layer).__name__} has other outputs than "
+            "those of `o_proj` and `down_proj`; expected 'random'."
+        )
+
+
+@torch.no_grad()
+def fit_projection(
+    drafter: EagleDrafter,
+    embedding: torch.nn.Module,
+    examples: Sequence[Example],
+    features_of: Callable[[Example], torch.Tensor],
+) -> float:
+    """Start as the best linear prediction of the next feature, with a layer that adds nothing.
+
+    Ridge regression of feature t + 1 on (embedding of token t + 1, feature t), over the slots of
+    the answers. The layer's outputs start at zero and learn what a linear map cannot predict.
+
+    Args:
+        drafter: float32, changed in place; [`check_can_be_fitted`] must have passed.
+        embedding: the target's.
+        examples: what it will be trained on.
+        features_of: the target's features of an example's tokens but the last, (n - 1, hidden).
+
+    Returns:
+        share of the features' variance that the projection explains, from -inf to 1.
+    """
+    device, width = drafter.device, drafter.config.hidden_size
+    inputs = 2 * width + 1  # the last is constant
+    # Sums of products in float64: features have dimensions ten times larger than others.
+    gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+    cross = torch.zeros(inputs, width, dtype=torch.float64, device=device)
+    squares = torch.zeros(width, dtype=torch.float64, device=device)
+    count = 0
+    for example in examples:
+        features = features_of(example).to(device).double()
+        tokens = torch.tensor(example.input_ids[1:-1], device=device)
+        slots = torch.tensor(example.is_answer[2:], device=device)
+        embeds = embedding(tokens).to(device).double()
+        x = torch.cat([embeds, features[:-1], torch.ones_like(embeds[:, :1])], dim=1)[slots]
+        y = features[1:][slots]
+        gram += x.T @ x
+        cross += x.T @ y
+        squares += (y * y).sum(dim=0)
+        count += len(x)
+        if count >= _SLOTS:
+            break
+    total = squares - cross[-1] ** 2 / count
+    if not drafter.config.fc_bias:  # nothing to put the constant into
+        gram[-1, :-1] = gram[:-1, -1] = cross[-1] = 0.0
+    means = gram[-1, :-1] / count
+    variance = gram.diagonal()[:-1] / count - means**2
+    penalty = torch.cat([variance, variance.new_zeros(1)]).clamp(min=1e-12) * _RIDGE * count
+    fitted = torch.linalg.solve(gram + torch.diag(penalty), cross)
+    drafter.fc.weight.copy_(fitted[:-1].T)
+    if drafter.fc.bias is not None:
+        drafter.fc.bias.copy_(fitted[-1])
+    layer = drafter.trunk.layers[0]
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        linear.weight.zero_()
+        if linear.bias is not None:
+            linear.bias.zero_()
+    left = squares - 2 * (fitted * cross).sum(dim=0) + (fitted * (gram @ fitted)).sum(dim=0)
+    return 1.0 - float(left.sum() / total.sum())

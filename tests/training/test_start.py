@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from taps_hf import EagleDrafter
+from taps_hf.training import start
+from taps_hf.training.encoding import Example
+from taps_hf.training.features import features_of
+from taps_hf.training.start import balance_inputs, check_can_be_fitted, fit_projection
+
+from ..tiny import tiny_target
+
+
+def examples(count: int = 40, length: int = 30) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, 16, (count, length), generator=generator).tolist()
+    return [Example(tuple(row), (False,) * 5 + (True,) * (length - 5)) for row in rows]
+
+
+def given(target, rows):
+    def read(example: Example) -> torch.Tensor:
+        return features_of(target, torch.tensor([example.input_ids[:-1]]))[0]
+
+    return target.get_input_embeddings(), rows, read
+
+
+def drafter_of(target, **kwargs) -> EagleDrafter:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return EagleDrafter.from_target(target, **kwargs).float()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("fc_bias", [True, False])
+@torch.no_grad()
+def test_the_fitted_projection_is_the_least_squares_solution(family, fc_bias, monkeypatch):
+    """Against torch's solver on all slots at once; the layer adds nothing to it."""
+    monkeypatch.setattr(start, "_RIDGE", 1e-6)
+    target, rows = tiny_target(family), examples()
+    drafter = drafter_of(target, fc_bias=fc_bias)
+    embedding, _, read = given(target, rows)
+    explained = fit_projection(drafter, embedding, rows, read)
+    inputs, wanted = [], []
+    for row in rows:
+        features, slots = read(row), torch.tensor(row.is_answer[2:])
+        embeds = embedding(torch.tensor(row.input_ids[1:-1]))
+        inputs.append(torch.cat([embeds, features[:-1]], dim=1)[slots])
+        wanted.append(features[1:][slots])
+    x, y = torch.cat(inputs).double(), torch.cat(wanted).double()
+    design = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if fc_bias else x
+    expected = design @ torch.linalg.lstsq(design, y, driver="gelsd").solution
+    torch.testing.assert_close(drafter.fc(x.float()), expected.float(), rtol=1e-3, atol=1e-3)
+    share = 1 - ((y - expected) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
+    assert explained == pytest.approx(float(share), abs=1e-4)
+    assert explained > 0.1
+    row = rows[0]
+    found = drafter(
+        inputs_embeds=embedding(torch.tensor([row.input_ids[1:-1]])),
+        features=read(row)[None, :-1],
+    ).last_hidden_state[0]
+    alone = drafter.fc(
+        torch.cat([embedding(torch.tensor(row.input_ids[1:-1])), read(row)[:-1]], dim=1)
+    )
+    torch.testing.assert_close(found, alone)
+
+
+@torch.no_grad()
+def test_no_more_slots_are_read_than_wanted(monkeypatch):
+    target, rows = tiny_target(), examples()
+    one, other = (drafter_of(target, fc_bias=True) for _ in range(2))
+    monkeypatch.setattr(start, "_SLOTS", 200)  # 25 of each example
+    fit_projection(one, *given(target, rows))
+    fit_projection(other, *given(target, rows[:8]))
+    assert torch.equal(one.fc.weight, other.fc.weight)
+    fit_projection(other, *given(target, rows[:7]))
+    assert not torch.equal(one.fc.weight, other.fc.weight)
+
+
+def test_layers_that_normalise_their_outputs_are_refused():
+    with pytest.raises(ValueError, match="expected 'random'"):
+        check_can_be_fitted(drafter_of(tiny_target("gemma3_text")))
+    check_can_be_fitted(drafter_of(tiny_target()))
+
+
+@torch.no_grad()
+def test_balanced_inputs_contribute_alike():
+    target = copy.deepcopy(tiny_target())
+    target.get_input_embeddings().weight.mul_(0.01)
+    drafter, rows = drafter_of(target), examples()
+    balance_inputs(drafter, *given(target, rows))
+    width = target.config.hidden_size
+    row = rows[20]
+    embeds = target.get_input_embeddings()(torch.tensor(row.input_ids))
+    feature = features_of(target, torch.tensor([row.input_ids]))[0]
+    token_part = embeds @ drafter.fc.weight[:, :width].T
+    feature_part = feature @ drafter.fc.weight[:, width:].T
+    assert float(token_part.std() / feature_part.std()) == pytest.approx(1, rel=0.5)
