@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from taps_hf.demo.models import ModelSpec, default_device, default_target
-from taps_hf.demo.page import PageOptions, build_page, stylesheet
+from taps_hf.demo.page import PageOptions, serve
 from taps_hf.demo.settings import Limits
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        page = build_page(
+        serve(
             PageOptions(
                 ModelSpec.parse(given.target, given.drafters, given.dtype, given.device),
                 Limits(
@@ -67,19 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 given.concurrency,
                 given.queue_size,
                 given.choose_models,
-            )
+            ),
+            given.host,
+            given.port,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"app.py: {error}", file=sys.stderr)
         return 2
-    page.launch(
-        server_name=given.host,
-        server_port=given.port,
-        css=stylesheet(),
-        footer_links=["gradio", "settings"],
-        state_session_capacity=200,
-        ssr_mode=False,
-    )
     return 0
 
 

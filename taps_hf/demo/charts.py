@@ -124,14 +124,17 @@ def _percent() -> alt.Axis:
 
 
 def _finish(chart: Any, title: str, subtitle: str) -> Any:
-    """What all charts share: as wide as the page lets them be."""
+    """What all charts share: as wide as the page lets them be, and SVG, which its style reaches."""
     return (
         chart.properties(
             width="container",
             height=240,
             title=alt.TitleParams(title, subtitle=subtitle, anchor="start"),
+            usermeta={"embedOptions": {"renderer": "svg", "actions": False}},
         )
-        .configure(autosize=alt.AutoSizeParams(type="fit", contains="padding"))
-        .configure_axis(labelFontSize=12, titleFontSize=12)
+        .configure(
+            autosize=alt.AutoSizeParams(type="fit", contains="padding"), background="transparent"
+        )
+        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
         .configure_legend(labelFontSize=12)
     )

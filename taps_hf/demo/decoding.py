@@ -98,7 +98,7 @@ def stream(request: Request, variant: Variant) -> Iterator[Update]:
         else:
             updates.put(None)
 
-    thread = threading.Thread(target=generate, daemon=True)
+    thread = threading.Thread(target=generate, name="taps-generate", daemon=True)
     thread.start()
     try:
         while True:

@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ..embedded import EMBEDDED_TARGET
+from ..training.target import EMBEDDED
 from . import rendering
 from .answer import Answer
 from .charts import CHARTS
@@ -113,7 +116,9 @@ def choose_models(spec: ModelSpec, target: str, drafters: str) -> list[Any]:
 def models_html(spec: ModelSpec) -> str:
     """Which models answer."""
     drafters = ", ".join(f"<b>{escape(name)}</b>" for name, _ in spec.drafters)
-    target = escape(load_models(spec).target.config.name_or_path or spec.target)
+    # Of a folder only its own name: where it lies on the server is nobody's business.
+    target = Path(spec.target).name if Path(spec.target).is_dir() else spec.target
+    target = escape(EMBEDDED_TARGET if target == EMBEDDED else target)
     return (
         f'<p class="taps-models">Target: <b>{target}</b> in {escape(spec.dtype)} on '
         f"{escape(spec.device)}. Drafters: {drafters}.</p>"

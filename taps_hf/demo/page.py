@@ -10,10 +10,10 @@ from typing import Any
 
 import gradio as gr
 
-from ..strategies import Strategy, get_strategy, list_strategies
+from ..strategies import get_strategy, list_strategies
 from . import events, palette, rendering
 from .charts import CHARTS
-from .models import ModelSpec
+from .models import ModelSpec, load_models
 from .prompts import EXAMPLES
 from .settings import Limits
 from .tree_drawing import cycle_html
@@ -48,13 +48,39 @@ class PageOptions:
     choose_models: bool = True
 
 
-def stylesheet() -> str:
-    """The page's CSS."""
-    return palette.stylesheet() + resources.files(__package__).joinpath("style.css").read_text()
+def serve(
+    options: PageOptions, host: str | None = None, port: int | None = None, wait: bool = True
+) -> gr.Blocks:
+    """Load the models and serve the page.
+
+    Args:
+        options: what is served.
+        host: address to listen on; None for this machine only (on a Space: for everybody).
+        port: None for the first free one from 7860.
+        wait: return only when it is interrupted.
+
+    Raises:
+        ValueError: if the models cannot be loaded.
+        OSError: if the port is taken.
+    """
+    page = build_page(options)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=not wait,
+        css=palette.stylesheet() + resources.files(__package__).joinpath("style.css").read_text(),
+        # Fonts that every machine has: others would be fetched, and drawn in fewer weights.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        footer_links=["gradio", "settings"],
+        state_session_capacity=200,
+        ssr_mode=False,
+    )
+    return page
 
 
 def build_page(options: PageOptions) -> gr.Blocks:
-    """The page, ready to be launched (with `css=stylesheet()`)."""
+    """The page; [`serve`] serves it with its style."""
+    load_models(options.models)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         spec = gr.State(options.models)
         answer = gr.State(None, time_to_live=_KEPT)
@@ -71,7 +97,7 @@ def build_page(options: PageOptions) -> gr.Blocks:
                     started = _generate_tab(options, spec, answer, inputs)
                 with gr.Tab("Compare"):
                     _compare_tab(options, spec, comparison, inputs)
-                with gr.Tab("Inside a cycle"):
+                with gr.Tab("Cycles"):
                     started = _cycle_tab(answer, started)
                 with gr.Tab("Charts"):
                     _charts_tab(answer, started)
@@ -99,42 +125,56 @@ def _inputs(options: PageOptions) -> list[Any]:
         list(list_strategies()),
         value="merged",
         label="Strategy",
-        info=" ".join(f"{name}: {_first_line(get_strategy(name))}" for name in list_strategies()),
+        info=_in_a_line("merged"),
         elem_id="strategy",
     )
-    with gr.Row():
-        temperature = gr.Slider(
-            0, 2, value=0, step=0.1, label="Temperature", info="0: greedy", min_width=140
-        )
-        seed = gr.Number(0, label="Seed", info="of sampling", min_width=140, elem_id="seed")
-    length = gr.Slider(
-        1,
-        limits.new_tokens,
-        value=min(96, limits.new_tokens),
-        step=1,
-        label="Length",
-        info="most tokens of an answer",
-        elem_id="length",
+    strategy.change(
+        lambda name: gr.Dropdown(info=_in_a_line(name)),
+        strategy,
+        strategy,
+        show_progress="hidden",
+        api_visibility="private",
     )
-    with gr.Row():
-        depth = gr.Slider(
-            1, limits.depth, value=min(4, limits.depth), step=1, label="Tree depth", min_width=140
-        )
-        nodes = gr.Slider(
+    with gr.Accordion("Temperature, length, trees", open=False, elem_id="settings"):
+        with gr.Row():
+            temperature = gr.Slider(
+                0, 2, value=0, step=0.1, label="Temperature", info="0: greedy", min_width=140
+            )
+            seed = gr.Number(0, label="Seed", info="of sampling", min_width=140, elem_id="seed")
+        length = gr.Slider(
             1,
-            limits.num_nodes,
-            value=min(12, limits.num_nodes),
+            limits.new_tokens,
+            value=min(96, limits.new_tokens),
             step=1,
-            label="Tree nodes",
-            info="of each drafter",
-            min_width=140,
-            elem_id="nodes",
+            label="Length",
+            info="most tokens of an answer",
+            elem_id="length",
         )
+        with gr.Row():
+            depth = gr.Slider(
+                1,
+                limits.depth,
+                value=min(4, limits.depth),
+                step=1,
+                label="Tree depth",
+                min_width=140,
+            )
+            nodes = gr.Slider(
+                1,
+                limits.num_nodes,
+                value=min(12, limits.num_nodes),
+                step=1,
+                label="Tree nodes",
+                info="of each drafter",
+                min_width=140,
+                elem_id="nodes",
+            )
     return [prompt, drafters, strategy, temperature, seed, length, depth, nodes]
 
 
-def _first_line(strategy: Strategy) -> str:
-    return inspect.getdoc(strategy).partition("\n")[0]
+def _in_a_line(strategy: str) -> str:
+    """The first line of a strategy's documentation."""
+    return inspect.getdoc(get_strategy(strategy)).partition("\n")[0]
 
 
 def _models(options: PageOptions, spec: gr.State, heading: gr.HTML, drafters: Any) -> None:
@@ -149,7 +189,7 @@ def _models(options: PageOptions, spec: gr.State, heading: gr.HTML, drafters: An
             lines=3,
         )
         load = gr.Button("Load", elem_id="load")
-        notice = gr.HTML()
+        notice = gr.HTML(elem_classes="taps-slot")
         load.click(
             events.choose_models,
             [spec, target, paths],
@@ -161,9 +201,9 @@ def _models(options: PageOptions, spec: gr.State, heading: gr.HTML, drafters: An
 
 def _generate_tab(options: PageOptions, spec: gr.State, answer: gr.State, inputs: list[Any]) -> Any:
     with gr.Row():
-        start = gr.Button("Generate", variant="primary", elem_id="generate")
-        stop = gr.Button("Stop", interactive=False, elem_id="stop-generate")
-    notice = gr.HTML()
+        start = gr.Button("Generate", variant="primary", min_width=100, elem_id="generate")
+        stop = gr.Button("Stop", interactive=False, min_width=100, elem_id="stop-generate")
+    notice = gr.HTML(elem_classes="taps-slot")
     figures = gr.HTML(rendering.figures_html(None), elem_id="figures")
     legend = gr.HTML(rendering.legend_html(None), elem_id="legend")
     text = gr.HTML(rendering.answer_html(None), elem_id="answer")
@@ -185,9 +225,9 @@ def _compare_tab(
         "with each strategy. The texts are compared token for token. Times are of single runs."
     )
     with gr.Row():
-        start = gr.Button("Compare", variant="primary", elem_id="compare")
-        stop = gr.Button("Stop", interactive=False, elem_id="stop-compare")
-    notice = gr.HTML()
+        start = gr.Button("Compare", variant="primary", min_width=100, elem_id="compare")
+        stop = gr.Button("Stop", interactive=False, min_width=100, elem_id="stop-compare")
+    notice = gr.HTML(elem_classes="taps-slot")
     cards = gr.HTML(elem_id="comparison")
     outputs = [comparison, notice, cards, start, stop]
     _run(options, events.compare, (start, stop), comparison, [spec, *inputs], outputs)
