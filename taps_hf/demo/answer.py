@@ -33,6 +33,8 @@ class Answer:
         self.ended: str | None = None
         """None while it is written; then how it ended, for the page."""
         self.stop = stop
+        known = [name for name, _ in request.models.drafters]
+        self._looks = [known.index(name) for name in variant.drafters]
         models = load_models(request.models)
         self._tokenizer = models.tokenizer
         self._ends = models.ends
@@ -115,6 +117,13 @@ class Answer:
             for number, cycle in enumerate(self.trace.cycles, start=1)
             for token in cycle.emitted
         ]
+
+    def look(self, drafters: Sequence[int]) -> tuple[int, ...]:
+        """The numbers by which the palette knows drafters, from their indices in the trace.
+
+        A drafter looks the same in every answer, whichever others take part.
+        """
+        return tuple(self._looks[i] for i in drafters)
 
     def label(self, token: int) -> str:
         """A token on its own, as a node of a tree shows it."""

@@ -6,34 +6,35 @@ from typing import Any
 
 import altair as alt
 
-from ..trace import DraftTrace
 from . import palette
+from .answer import Answer
 
 _BINS = 10
 _ACCEPTED, _REJECTED = "#0072B2", "#D55E00"
 
 
-def accepted_length_chart(trace: DraftTrace) -> alt.LayerChart:
+def accepted_length_chart(answer: Answer) -> alt.LayerChart:
     """Accepted length of every cycle, in the order of the answer, and its running mean."""
     total, rows = 0, []
-    for number, cycle in enumerate(trace.cycles, start=1):
+    for number, cycle in enumerate(answer.trace.cycles, start=1):
         total += cycle.accepted_length
         rows.append({"cycle": number, "accepted": cycle.accepted_length, "mean": total / number})
     base = alt.Chart(alt.InlineData(values=rows)).encode(_cycles())
+    title, whole = "draft tokens accepted", alt.Axis(tickMinStep=1, format="d")
     bars = base.mark_bar(color=palette.COLOURS[3]).encode(
-        y=alt.Y("accepted:Q", title="draft tokens accepted", axis=alt.Axis(tickMinStep=1)),
+        y=alt.Y("accepted:Q", title=title, axis=whole),
         tooltip=[alt.Tooltip("cycle:Q"), alt.Tooltip("accepted:Q", title="accepted")],
     )
     line = base.mark_line(color=palette.COLOURS[4], strokeWidth=2.5).encode(
-        y="mean:Q",
+        y=alt.Y("mean:Q", title=title, axis=whole),
         tooltip=[alt.Tooltip("cycle:Q"), alt.Tooltip("mean:Q", title="mean so far", format=".2f")],
     )
     return _finish(bars + line, "Accepted length over the answer", "line: the mean so far")
 
 
-def depth_chart(trace: DraftTrace) -> alt.LayerChart:
+def depth_chart(answer: Answer) -> alt.LayerChart:
     """Of the cycles that accepted depth d - 1, the share that accepted a token at depth d."""
-    rows = [{"depth": d, "share": share} for d, share in trace.acceptance_by_depth.items()]
+    rows = [{"depth": d, "share": share} for d, share in answer.trace.acceptance_by_depth.items()]
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X("depth:O", title="depth", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("share:Q", title="accepted", scale=alt.Scale(domain=[0, 1]), axis=_percent()),
@@ -47,14 +48,14 @@ def depth_chart(trace: DraftTrace) -> alt.LayerChart:
     )
 
 
-def confidence_chart(trace: DraftTrace) -> alt.Chart:
+def confidence_chart(answer: Answer) -> alt.Chart:
     """Distributions of c(v) over accepted nodes and over those the target rejected.
 
     Nodes below a rejected one were never judged and are left out. A node of several drafters counts
     with the surest.
     """
     counts = {"accepted": [0] * _BINS, "rejected": [0] * _BINS}
-    for cycle in trace.cycles:
+    for cycle in answer.trace.cycles:
         sure = cycle.tree.confidence.nan_to_num(nan=-1.0).amax(dim=0).tolist()
         for verdict, confidence in list(zip(cycle.verdicts, sure))[1:]:
             if verdict in counts:
@@ -81,14 +82,14 @@ def confidence_chart(trace: DraftTrace) -> alt.Chart:
     return _finish(chart, "Confidence of accepted and rejected nodes", "left bar: accepted")
 
 
-def routing_chart(trace: DraftTrace) -> alt.LayerChart:
+def routing_chart(answer: Answer) -> alt.LayerChart:
     """Which drafters' proposals were verified in each cycle, and how many of theirs accepted."""
-    rows = []
-    for number, cycle in enumerate(trace.cycles, start=1):
+    names, rows = list(answer.trace.drafters), []
+    colours = [palette.colour(i) for i in answer.look(range(len(names)))]
+    for number, cycle in enumerate(answer.trace.cycles, start=1):
         for drafter in cycle.drafters:
             accepted = sum(drafter in token.drafters for token in cycle.emitted)
-            rows.append({"cycle": number, "drafter": trace.drafters[drafter], "accepted": accepted})
-    names = list(trace.drafters)
+            rows.append({"cycle": number, "drafter": names[drafter], "accepted": accepted})
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         _cycles(),
         y=alt.Y("drafter:N", title=None, sort=names, scale=alt.Scale(domain=names)),
@@ -99,14 +100,14 @@ def routing_chart(trace: DraftTrace) -> alt.LayerChart:
         size=alt.Size("accepted:Q", scale=alt.Scale(range=[0, 220]), legend=None),
         color=alt.Color(
             "drafter:N",
-            scale=alt.Scale(domain=names, range=[palette.colour(i) for i in range(len(names))]),
+            scale=alt.Scale(domain=names, range=colours),
             legend=None,
         ),
     )
     return _finish(
         verified + accepted,
         "Routing along the answer",
-        "tick: verified in that cycle; the larger its dot, the more tokens accepted",
+        "tick: verified; dot: tokens accepted, the larger the more",
     )
 
 

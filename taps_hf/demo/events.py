@@ -97,7 +97,7 @@ def show_charts(answer: Answer | None) -> list[Any]:
     """After an answer: its charts."""
     if answer is None or not answer.trace.cycles:
         return [None for _ in CHARTS]
-    return [chart(answer.trace) for chart in CHARTS]
+    return [chart(answer) for chart in CHARTS]
 
 
 def choose_models(spec: ModelSpec, target: str, drafters: str) -> list[Any]:

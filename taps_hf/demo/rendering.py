@@ -32,12 +32,11 @@ def answer_html(answer: Answer | None) -> str:
 def _tokens(answer: Answer) -> str:
     spans, last = [], 0
     for (cycle, token), piece in zip(answer.emitted(), answer.pieces):
-        first = " first" if cycle != last else ""
+        css = palette.css_class(answer.look(token.drafters)) + " first" * (cycle != last)
         last = cycle
         tip = escape(_tip(answer, cycle, token))
         spans.append(
-            f'<span class="tok {palette.css_class(token.drafters)}{first}" tabindex="-1" '
-            f'data-tip="{tip}">{escape(piece)}</span>'
+            f'<span class="tok {css}" tabindex="-1" data-tip="{tip}">{escape(piece)}</span>'
         )
     return "".join(spans)
 
@@ -49,7 +48,7 @@ def _tip(answer: Answer, cycle: int, token: EmittedToken) -> str:
     if token.depth is None:
         return f"{shown}: the target's own, the last token of cycle {cycle}"
     by = ", ".join(
-        f"{answer.trace.drafters[i]} with confidence {c:.2f}"
+        f"{answer.trace.drafters[i]} with confidence {c:.3f}"
         for i, c in zip(token.drafters, token.confidence)
     )
     return f"{shown}: proposed by {by}; depth {token.depth} of cycle {cycle}'s tree"
@@ -66,7 +65,7 @@ def legend_html(answer: Answer | None) -> str:
     total = len(answer.tokens)
     items, bars = [], []
     for origin in origins:
-        css, words = palette.css_class(origin), escape(palette.label(origin, names))
+        css, words = palette.css_class(answer.look(origin)), escape(palette.label(origin, names))
         share = counts[origin] / total if total else 0.0
         items.append(
             f'<li><span class="tok {css}">{words}</span> {counts[origin]} ({share:.0%})</li>'
@@ -117,14 +116,14 @@ def _card(answer: Answer, plain: Answer) -> str:
         ("time", f"{answer.seconds:.1f} s"),
         ("tokens", f"{len(answer.tokens)}, {answer.ended or _WRITING}"),
     ]
-    table = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    table = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
     width = min(1.0, passes / most)
     return (
         f'<section class="card" data-variant="{escape(answer.variant.name)}">'
         f"<h4>{escape(answer.variant.name)}</h4>"
         f'<p class="verdict {kind}">{escape(verdict)}</p>'
         f'<div class="passes" aria-hidden="true"><i style="width:{width:.1%}"></i></div>'
-        f"<table>{table}</table>{answer_html(answer)}</section>"
+        f"<dl>{table}</dl>{answer_html(answer)}</section>"
     )
 
 

@@ -7,8 +7,6 @@ node has a row of its own, indented by depth, so that no text need be made small
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -30,9 +28,10 @@ class _Node:
 
     text: str
     status: str
-    drafters: tuple[int, ...]
+    drafters: tuple[int, ...]  # as the palette knows them
     note: str
     tip: str
+    sureness: float
     children: list[_Node]
     x: float = 0.0
     y: float = 0.0
@@ -55,11 +54,10 @@ def cycle_html(answer: Answer | None, number: int) -> str:
         )
     number = min(max(1, number), len(answer.trace.cycles))
     cycle = answer.trace.cycles[number - 1]
-    names = answer.trace.drafters
     root = _nodes(answer, cycle)
     return (
         f'<div class="taps-cycle" data-cycle="{number}"><p>{_in_words(answer, cycle, number)}</p>'
-        f"{_legend(names)}"
+        f"{_legend(answer)}"
         f'<div class="wide">{_svg(root, _place_wide(root), number)}</div>'
         f'<div class="narrow">{_svg(root, _place_narrow(root), number)}</div></div>'
     )
@@ -87,10 +85,10 @@ def _in_words(answer: Answer, cycle: CycleTrace, number: int) -> str:
     )
 
 
-def _legend(names: Sequence[str]) -> str:
+def _legend(answer: Answer) -> str:
     marks = "".join(
         f'<li class="{palette.css_class((i,))}"><span>{palette.mark(i)}</span> {escape(name)}</li>'
-        for i, name in enumerate(names)
+        for i, name in zip(answer.look(range(len(answer.trace.drafters))), answer.trace.drafters)
     )
     return (
         f'<ul class="marks">{marks}<li>thick: accepted</li><li>thin: rejected</li>'
@@ -116,18 +114,20 @@ def _nodes(answer: Answer, cycle: CycleTrace) -> _Node:
             tip += status if status != "unreached" else "never looked at"
         else:
             tip += "the last token before this cycle, the root"
-        note = f"{max(confidence):.2f}".lstrip("0") if i else ""
-        node = _Node(_short(label), status, by, note, tip, [])
+        note = f"{max(confidence):.2f}".lstrip("0").replace(".00", "<.01") if i else ""
+        node = _Node(
+            _short(label), status, answer.look(by), note, tip, max(confidence, default=0.0), []
+        )
         nodes.append(node)
         if i:
             nodes[parent].children.append(node)
     for node in nodes:
-        node.children.sort(key=lambda child: (not child.on_path, -float(child.note or math.inf)))
+        node.children.sort(key=lambda child: (not child.on_path, -child.sureness))
     for token in cycle.emitted[len(cycle.path) :]:
         label = answer.label(token.token)
         tip = f"{_quoted(label, as_html=False)}: the target's own, proposed by nobody here"
         nodes[[0, *cycle.path][-1]].children.insert(
-            0, _Node(_short(label), "target", (), "target", tip, [])
+            0, _Node(_short(label), "target", (), "target", tip, 0.0, [])
         )
     return nodes[0]
 
