@@ -58,6 +58,22 @@ def test_paths_and_origins_agree_with_the_trees(output):
         position += len(cycle.emitted)
 
 
+def test_verdicts_of_nodes(output):
+    for cycle in output.draft_trace.cycles:
+        path, parents = [0, *cycle.path], cycle.tree.parents.tolist()
+        for node, verdict in enumerate(cycle.verdicts):
+            if node in path:
+                assert verdict == "accepted"
+            elif parents[node] not in path:
+                assert verdict == "unreached"
+            elif len(cycle.emitted) > len(cycle.path):
+                assert verdict == "rejected"
+            else:  # the answer ended with an accepted token: below it nothing was decided
+                assert verdict == ("unreached" if parents[node] == path[-1] else "rejected")
+    with pytest.raises(ValueError, match="output_draft_trees"):
+        _ = taps_hf.CycleTrace((0,), 1, (), (), 0.1, 0.1, 0.1).verdicts
+
+
 def test_summary_figures(output):
     trace = output.draft_trace
     accepted = sum(len(cycle.path) for cycle in trace.cycles)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from taps_hf import list_strategies
-from taps_hf.demo.models import ModelSpec, load_models
+from taps_hf.demo.models import ModelSpec, default_target, load_models
+from taps_hf.embedded import EMBEDDED_DRAFTERS
 
 pytest.importorskip("gradio")
 pytest.importorskip("altair")
@@ -258,3 +260,26 @@ def test_every_view_fits_the_screen(open_page, url, width, request):
     visitor.ask("t5 t6 t7", Length=60, Tree_nodes=60, Tree_depth=6)
     look_at_every_view(visitor, request.config.getoption("--screenshots"), f"tiny-{width}")
     assert visitor.errors == []
+
+
+@pytest.mark.real
+def test_the_real_models(open_page, request):
+    """With the drafters of hub_cards/: both take part, and every variant writes the same text."""
+    folder = request.config.getoption("--screenshots")
+    cards = Path(__file__).resolve().parents[2] / "hub_cards"
+    drafters = [f"{name}={cards / path}" for name, path in EMBEDDED_DRAFTERS.items()]
+    page = serve(PageOptions(ModelSpec.parse(default_target(), drafters)), wait=False)
+    try:
+        for width in (1280, 390):
+            visitor = open_page(page.local_url, width)
+            visitor.page.get_by_role("button", name="Mixture: a school trip").click()
+            visitor.ask(Length=24 if folder is None else 72)
+            visitor.page.get_by_role("button", name="Temperature, length, trees").click()
+            look_at_every_view(visitor, folder, f"real-{width}")
+            text = visitor.page.locator("#answer .tok:not(.own)")
+            assert text.count() >= 8
+            verdicts = visitor.page.locator("#comparison .verdict").all_inner_texts()
+            assert all("equal" in verdict for verdict in verdicts[1:])
+            assert visitor.errors == []
+    finally:
+        page.close()
