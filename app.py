@@ -45,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--max-prompt-tokens", type=int, default=limits.prompt_tokens)
     parser.add_argument("--max-new-tokens", type=int, default=limits.new_tokens)
-    parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="of an answer")
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=limits.seconds,
+        help="of an answer; a comparison may take twice as long",
+    )
     parser.add_argument("--concurrency", type=int, default=1, help="answers written at once")
     parser.add_argument("--queue-size", type=int, default=16, help="requests that may wait")
     parser.add_argument(
@@ -63,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     prompt_tokens=given.max_prompt_tokens,
                     new_tokens=given.max_new_tokens,
                     seconds=given.max_seconds,
+                    comparison_seconds=2 * given.max_seconds,
                 ),
                 given.concurrency,
                 given.queue_size,

@@ -57,8 +57,7 @@ def compare(limits: Limits, spec: ModelSpec, *inputs: Any) -> Iterator[list[Any]
         prompt, drafters, strategy, *values = inputs
         variants = compared_variants(check_variant(spec, drafters, strategy))
         request = check_request(spec, limits, prompt, *values)
-        # One visitor's turn is no longer than for one answer.
-        request = replace(request, seconds=limits.seconds / len(variants))
+        request = replace(request, seconds=limits.comparison_seconds / len(variants))
         stop, answers = threading.Event(), []
         for variant in variants:
             answers.append(Answer(request, variant, stop))

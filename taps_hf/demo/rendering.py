@@ -107,22 +107,21 @@ def comparison_html(answers: list[Answer]) -> str:
 
 
 def _card(answer: Answer, plain: Answer) -> str:
-    passes, most = answer.passes, max(1, plain.passes)
     tau = f"{answer.trace.tau:.2f}" if answer.trace.cycles else "1"
     verdict, kind = ("the reference", "plain") if answer is plain else _verdict(answer, plain)
     rows = [
-        ("target passes", str(passes)),
+        ("target passes", str(answer.passes)),
         ("tau", tau),
         ("time", f"{answer.seconds:.1f} s"),
         ("tokens", f"{len(answer.tokens)}, {answer.ended or _WRITING}"),
     ]
     table = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
-    width = min(1.0, passes / most)
+    width = min(1.0, answer.passes / max(1, len(answer.tokens)))
     return (
         f'<section class="card" data-variant="{escape(answer.variant.name)}">'
         f"<h4>{escape(answer.variant.name)}</h4>"
         f'<p class="verdict {kind}">{escape(verdict)}</p>'
-        f'<div class="passes" aria-hidden="true"><i style="width:{width:.1%}"></i></div>'
+        f'<div class="passes" title="target passes per token"><i style="width:{width:.1%}"></i></div>'
         f"<dl>{table}</dl>{answer_html(answer)}</section>"
     )
 

@@ -20,6 +20,7 @@ class Limits:
         depth: levels of a drafter's tree.
         num_nodes: nodes of a drafter's tree.
         seconds: an answer that takes longer ends there.
+        comparison_seconds: of a comparison, in equal parts for its answers.
     """
 
     prompt_tokens: int = 512
@@ -27,6 +28,7 @@ class Limits:
     depth: int = 8
     num_nodes: int = 60
     seconds: float = 120.0
+    comparison_seconds: float = 240.0
 
     @property
     def prompt_characters(self) -> int:

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import pickle
+import sys
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,3 +99,22 @@ def test_what_goes_wrong_is_raised_where_it_can_be_shown(request_of, monkeypatch
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         tokens_of(request, PLAIN)
     assert not generating()
+
+
+def test_on_zerogpu_a_gpu_is_lent_for_each_answer(request_of, monkeypatch):
+    """What travels to the process that has the GPU, and back, can be pickled."""
+    lent = {}
+
+    def gpu(duration):
+        return lambda function: lent.setdefault("function", function) and (lent, duration)
+
+    monkeypatch.setitem(sys.modules, "spaces", SimpleNamespace(GPU=gpu))
+    specification = importlib.util.find_spec("taps_hf.demo.decoding")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    (_, duration), variant = module.stream, Variant("merged", BOTH, "merged")
+    request = pickle.loads(pickle.dumps(request_of(seconds=33.0)))
+    assert duration(request, pickle.loads(pickle.dumps(variant))) == 33.0
+    assert inspect.isgeneratorfunction(lent["function"])
+    updates = [pickle.loads(pickle.dumps(update)) for update in stream(request, variant)]
+    assert [token for update in updates for token in update.tokens] == tokens_of(request, PLAIN)

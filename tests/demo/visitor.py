@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from playwright.sync_api import Locator, Page
 
-_PATIENCE = 120_000  # milliseconds: the machine may be busy with other things
+from taps_hf.demo.prompts import EXAMPLES
+
+_PATIENCE = 300_000  # milliseconds: the machine may be busy with other things
 
 
 class Visitor:
@@ -35,6 +37,13 @@ class Visitor:
             self.page.get_by_role("button", name="Temperature, length, trees").click()
         for name, value in numbers.items():
             self.number(name.replace("_", " "), value)
+
+    def example(self, name: str) -> None:
+        """Choose an example prompt, and wait until it is in the form."""
+        self.page.get_by_role("button", name=name).click()
+        self.page.wait_for_function(
+            "(text) => document.querySelector('#prompt textarea').value == text", arg=EXAMPLES[name]
+        )
 
     def number(self, label: str, value: float) -> None:
         if label == "Seed":
