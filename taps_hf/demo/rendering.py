@@ -116,13 +116,13 @@ def _card(answer: Answer, plain: Answer) -> str:
         ("tokens", f"{len(answer.tokens)}, {answer.ended or _WRITING}"),
     ]
     table = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
-    width = min(1.0, answer.passes / max(1, len(answer.tokens)))
+    share = min(1.0, answer.passes / max(1, len(answer.tokens)))
+    bar = f'<div class="passes" title="target passes per token"><i style="width:{share:.1%}"></i></div>'
     return (
         f'<section class="card" data-variant="{escape(answer.variant.name)}">'
         f"<h4>{escape(answer.variant.name)}</h4>"
         f'<p class="verdict {kind}">{escape(verdict)}</p>'
-        f'<div class="passes" title="target passes per token"><i style="width:{width:.1%}"></i></div>'
-        f"<dl>{table}</dl>{answer_html(answer)}</section>"
+        f"{bar}<dl>{table}</dl>{answer_html(answer)}</section>"
     )
 
 

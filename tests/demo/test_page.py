@@ -271,14 +271,14 @@ def test_the_real_models(open_page, request):
     limits = Limits(seconds=300.0, comparison_seconds=1800.0)  # whatever else the machine does
     page = serve(PageOptions(ModelSpec.parse(default_target(), drafters), limits), wait=False)
     try:
-        for width in (1280, 390):
+        for width in (1280,) if folder is None else (1280, 390):
             visitor = open_page(page.local_url, width)
             visitor.example("Mixture: a school trip")
-            visitor.ask(Length=24 if folder is None else 72)
+            visitor.ask(Length=16 if folder is None else 56)
             visitor.page.get_by_role("button", name="Temperature, length, trees").click()
             look_at_every_view(visitor, folder, f"real-{width}")
             text = visitor.page.locator("#answer .tok:not(.own)")
-            assert text.count() >= 8
+            assert text.count() >= 4
             verdicts = visitor.page.locator("#comparison .verdict").all_inner_texts()
             assert all("equal to plain generate, all" in verdict for verdict in verdicts[1:])
             assert visitor.errors == []
