@@ -14,10 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from taps_hf.demo.models import ModelSpec, default_device, default_target
-from taps_hf.demo.page import PageOptions, serve
-from taps_hf.demo.settings import Limits
 from taps_hf.embedded import EMBEDDED_DRAFTERS
+
+try:
+    from taps_hf.demo.models import ModelSpec, default_device, default_target
+    from taps_hf.demo.page import PageOptions, serve
+    from taps_hf.demo.settings import Limits
+except ModuleNotFoundError as error:
+    sys.exit(f'app.py: {error}; the demo needs more: pip install ".[demo]"')
 
 _CARDS = Path(__file__).resolve().parent / "hub_cards"
 _ON_A_SPACE = "SPACE_ID" in os.environ

@@ -138,13 +138,13 @@ def test_the_assembled_folder_runs_by_itself(clone, tmp_path, capsys):
     pytest.importorskip("altair")
     program = (
         "import sys; sys.path.insert(0, '.'); import app, taps_hf; print(taps_hf.__file__); "
-        "sys.exit(app.main(['--target', 'nowhere']))"
+        "sys.exit(app.main(['--target', 'no/such/folder']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=out, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip() == str(out / "taps_hf" / "__init__.py")
-    assert "The target could not be loaded from 'nowhere'" in done.stderr
+    assert "The target could not be loaded from 'no/such/folder'" in done.stderr
     assert "Traceback" not in done.stderr
     assert main(["push", "someone", "--root", str(clone), "--assemble", str(out)]) == 2
     assert "not an empty folder" in capsys.readouterr().err

@@ -14,6 +14,8 @@ from .decoding import Update, stream
 from .models import load_models
 from .settings import Request, Variant
 
+_NUMBERS = itertools.count(1)
+
 
 class Answer:
     """Grows with each update. Belongs to one visitor; other requests of theirs may ask it to stop.
@@ -25,6 +27,7 @@ class Answer:
     """
 
     def __init__(self, request: Request, variant: Variant, stop: threading.Event) -> None:
+        self.number = next(_NUMBERS)  # tells it from every other, on the page too
         self.request = request
         self.variant = variant
         self.tokens: list[int] = []

@@ -28,6 +28,7 @@ _PAUSE = 0.15  # seconds between two states of the page: more would only load th
 
 def generate(limits: Limits, spec: ModelSpec, *inputs: Any) -> Iterator[list[Any]]:
     """Write one answer. Outputs: answer, notice, answer, figures and legend as HTML, buttons."""
+    answer = None
     try:
         prompt, drafters, strategy, *values = inputs
         variant = check_variant(spec, drafters, strategy)
@@ -37,7 +38,11 @@ def generate(limits: Limits, spec: ModelSpec, *inputs: Any) -> Iterator[list[Any
             yield _generated(answer)
         yield _generated(answer)
     except Exception as error:
-        yield [gr.skip(), _failure(error), gr.skip(), gr.skip(), gr.skip(), *_buttons(False)]
+        figures = gr.skip()
+        if answer is not None:
+            answer.ended = "failed"
+            figures = rendering.figures_html(answer)
+        yield [gr.skip(), _failure(error), gr.skip(), figures, gr.skip(), *_buttons(False)]
 
 
 def _generated(answer: Answer) -> list[Any]:

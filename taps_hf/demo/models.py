@@ -107,17 +107,18 @@ def load_models(spec: ModelSpec) -> Models:
 
 @functools.lru_cache(maxsize=2)
 def _load(spec: ModelSpec) -> Models:
-    # What transformers and safetensors raise for names and files that are not there or are broken.
-    wrong = (OSError, ValueError, KeyError, SafetensorError)
+    # What transformers and safetensors raise for names and files that are not there or are broken,
+    # and torch for devices that are not there.
+    wrong = (OSError, ValueError, KeyError, SafetensorError, RuntimeError, AssertionError)
     drafters = {}
     for name, path in spec.drafters:
         try:
-            drafter = EagleDrafter.from_pretrained(path)
+            drafter = EagleDrafter.from_pretrained(path).to(spec.device)
         except wrong as error:
             raise ValueError(
                 f"Drafter {name!r} could not be loaded from {path!r}: {_first_line(error)}"
             ) from error
-        drafters[name] = drafter.to(spec.device).eval().requires_grad_(False)
+        drafters[name] = drafter.eval().requires_grad_(False)
     try:
         dtype = getattr(torch, spec.dtype)
         target, tokenizer = load_target(spec.target, dtype, spec.device)

@@ -47,6 +47,12 @@ class PageOptions:
     queue_size: int = 16
     choose_models: bool = True
 
+    def __post_init__(self) -> None:
+        numbers = {**vars(self.limits), "concurrency": self.concurrency, "queue": self.queue_size}
+        for name, value in numbers.items():
+            if value <= 0:
+                raise ValueError(f"The limit {name.replace('_', ' ')} is {value}, expected more.")
+
 
 def serve(
     options: PageOptions, host: str | None = None, port: int | None = None, wait: bool = True
@@ -101,7 +107,8 @@ def build_page(options: PageOptions) -> gr.Blocks:
                     started = _cycle_tab(answer, started)
                 with gr.Tab("Charts"):
                     _charts_tab(answer, started)
-    return page.queue(max_size=options.queue_size, default_concurrency_limit=4)
+    # Only what runs or loads models queues: looking at an answer goes on in whatever crowd.
+    return page.queue(max_size=options.queue_size)
 
 
 def _inputs(options: PageOptions) -> list[Any]:
@@ -133,6 +140,7 @@ def _inputs(options: PageOptions) -> list[Any]:
         strategy,
         strategy,
         show_progress="hidden",
+        queue=False,
         api_visibility="private",
     )
     with gr.Accordion("Temperature, length, trees", open=False, elem_id="settings"):
@@ -265,12 +273,15 @@ def _cycle_tab(answer: gr.State, started: Any) -> Any:
         [answer, slider],
         drawing,
         show_progress="hidden",
+        queue=False,
         api_visibility="private",
     )
-    return started.then(events.show_cycles, answer, [slider, drawing], api_visibility="private")
+    return started.then(
+        events.show_cycles, answer, [slider, drawing], queue=False, api_visibility="private"
+    )
 
 
 def _charts_tab(answer: gr.State, started: Any) -> None:
     gr.Markdown("Charts of the last answer appear here when it has ended.")
     plots = [gr.Plot(show_label=False, elem_classes="taps-chart") for _ in CHARTS]
-    started.then(events.show_charts, answer, plots, api_visibility="private")
+    started.then(events.show_charts, answer, plots, queue=False, api_visibility="private")

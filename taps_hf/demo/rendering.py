@@ -117,12 +117,13 @@ def _card(answer: Answer, plain: Answer) -> str:
     ]
     table = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
     share = min(1.0, answer.passes / max(1, len(answer.tokens)))
-    bar = f'<div class="passes" title="target passes per token"><i style="width:{share:.1%}"></i></div>'
+    bar = f'<i style="width:{share:.1%}"></i>'
     return (
         f'<section class="card" data-variant="{escape(answer.variant.name)}">'
         f"<h4>{escape(answer.variant.name)}</h4>"
         f'<p class="verdict {kind}">{escape(verdict)}</p>'
-        f"{bar}<dl>{table}</dl>{answer_html(answer)}</section>"
+        f'<div class="passes" title="target passes per token">{bar}</div>'
+        f"<dl>{table}</dl>{answer_html(answer)}</section>"
     )
 
 
@@ -133,7 +134,9 @@ def _verdict(answer: Answer, plain: Answer) -> tuple[str, str]:
     at = first_difference(plain.tokens, answer.tokens)
     if at is None:
         return f"\u2713 equal to plain generate, all {len(plain.tokens)} tokens", "equal"
-    if at == min(len(plain.tokens), len(answer.tokens)) and not _finished(answer, plain):
+    if at == min(len(plain.tokens), len(answer.tokens)) and not (
+        answer.ran_to_its_end and plain.ran_to_its_end
+    ):
         return f"the first {at} tokens are equal; one of the two was ended early", "running"
     sides = [
         answer_.label(answer_.tokens[at]) if at < len(answer_.tokens) else "(the end)"
@@ -144,7 +147,3 @@ def _verdict(answer: Answer, plain: Answer) -> tuple[str, str]:
         f"here \u201c{sides[1]}\u201d",
         "differs",
     )
-
-
-def _finished(*answers: Answer) -> bool:
-    return all(answer.ran_to_its_end for answer in answers)

@@ -227,6 +227,29 @@ def test_other_models_are_loaded_in_the_page(visitor, tiny_spec, tmp_path):
     assert "other" in visitor.page.inner_text("#legend")
 
 
+def test_a_crowd_is_turned_away_with_a_message(open_page, tiny_spec):
+    """One answer is written, one visitor waits; the third is told, and can still look around."""
+    page = serve(PageOptions(tiny_spec, queue_size=1), wait=False)
+    try:
+        first, second, third = (open_page(page.local_url) for _ in range(3))
+        third.ask("t5 t6", Length=10)
+        third.generate()
+        for someone in (first, second):
+            someone.ask("t5 t6", Length=200)
+        first.start("generate")
+        second.button("generate").click()
+        second.page.locator("#answer").get_by_text("queue: 1/1").wait_for()
+        third.button("generate").click()
+        third.page.get_by_text("queue is full", exact=False).wait_for()
+        third.tab("Cycles")
+        third.number("Cycle", 2)
+        third.page.locator("#cycle .taps-cycle[data-cycle='2']").wait_for()
+        first.button("stop-generate").click()
+        second.page.locator("#answer .tok").first.wait_for()
+    finally:
+        page.close()
+
+
 def look_at_every_view(visitor: Visitor, folder, name: str) -> None:
     """With an answer there: nothing is wider than the screen. Takes pictures on request."""
 

@@ -6,7 +6,7 @@ from playwright.sync_api import Locator, Page
 
 from taps_hf.demo.prompts import EXAMPLES
 
-_PATIENCE = 300_000  # milliseconds: the machine may be busy with other things
+_PATIENCE = 60_000  # milliseconds: the machine may be busy with other things
 
 
 class Visitor:
@@ -62,14 +62,11 @@ class Visitor:
     def start(self, what: str) -> None:
         """Press "generate" or "compare", and wait until something is written."""
         where = "#answer" if what == "generate" else "#comparison"
-        # What an earlier run wrote is marked, to be told from what this one writes.
-        self.page.evaluate(
-            "(where) => document.querySelectorAll(where + ' .tok').forEach((tok) => {"
-            "tok.dataset.old = 'yes'})",
-            where,
-        )
+        numbered = f"{where} [data-number]"
+        earlier = self.page.locator(numbered)
+        old = earlier.first.get_attribute("data-number") if earlier.count() else 0
         self.button(what).click()
-        self.page.locator(f"{where} .tok:not([data-old])").first.wait_for()
+        self.page.locator(f"{numbered}:not([data-number='{old}']) .tok").first.wait_for()
 
     def wait_for_the_end(self, of: str) -> None:
         self.page.wait_for_function(f"document.querySelector('#stop-{of}').disabled")
