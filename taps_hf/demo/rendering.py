@@ -23,10 +23,12 @@ def notice_html(message: str, kind: str = "error") -> str:
 def answer_html(answer: Answer | None) -> str:
     """The answer with every token coloured by origin; hovering or tapping tells the rest."""
     if answer is None:
-        return (
-            '<div class="taps-answer"><div class="text empty">The answer appears here.</div></div>'
-        )
-    return f'<div class="taps-answer"><div class="text">{_tokens(answer)}</div></div>'
+        text = '<div class="text empty">The answer appears here.</div>'
+        return f'<div class="taps-answer">{text}</div>'
+    return (
+        f'<div class="taps-answer" data-number="{answer.number}">'
+        f'<div class="text">{_tokens(answer)}</div></div>'
+    )
 
 
 def _tokens(answer: Answer) -> str:
