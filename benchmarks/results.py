@@ -22,11 +22,12 @@ class Row:
         variant: strategy and tree.
         tokens: emitted; `seconds` is what they took in all, the prompt's pass included.
         plain_tokens: the same for plain `generate`, in `plain_seconds`.
-        cycles: passes of the target after the prompt's.
-        accepted: draft tokens accepted, over all cycles.
-        nodes: tree nodes verified, over all cycles, roots not counted.
-        seconds_draft: of all cycles; `seconds_target` and `seconds_rest` likewise.
         differs_at: index of the first token that is not plain's; None if the answers are equal.
+        cycles: passes of the target after the prompt's.
+        accepted: draft tokens accepted, over all cycles; None, as what follows, if not known.
+        nodes: tree nodes verified, over all cycles, roots not counted.
+        drafters: whose proposals were verified, over all cycles.
+        seconds_draft: of all cycles; `seconds_target` and `seconds_rest` likewise.
     """
 
     prompt: str
@@ -36,13 +37,14 @@ class Row:
     seconds: float
     plain_tokens: int
     plain_seconds: float
-    cycles: int
-    accepted: int
-    nodes: int
-    seconds_draft: float
-    seconds_target: float
-    seconds_rest: float
     differs_at: int | None
+    cycles: int
+    accepted: int | None = None
+    nodes: int | None = None
+    drafters: int | None = None
+    seconds_draft: float | None = None
+    seconds_target: float | None = None
+    seconds_rest: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -115,61 +117,76 @@ class Figures:
     Args:
         ratio: median over prompts of the ratio to plain generate; `interval` of that median.
         tau: tokens emitted per target pass, over all cycles.
-        accepted: draft tokens accepted per cycle.
-        nodes: nodes verified per cycle.
-        draft: share of the cycles' time, 0 to 1; `target` and `rest` likewise.
         differing: answers that are not plain's.
+        accepted: draft tokens accepted per cycle; None, as what follows, where it is not known.
+        nodes: nodes verified per cycle.
+        drafters: whose proposals were verified, per cycle.
+        draft: share of the cycles' time, 0 to 1; `target` and `rest` likewise.
     """
 
     ratio: float
     interval: tuple[float, float]
     tau: float
-    accepted: float
-    nodes: float
-    draft: float
-    target: float
-    rest: float
     differing: int
+    accepted: float | None = None
+    nodes: float | None = None
+    drafters: float | None = None
+    draft: float | None = None
+    target: float | None = None
+    rest: float | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Figures:
-        cycles = sum(row.cycles for row in rows)
+        def total(name: str) -> float:
+            return sum(getattr(row, name) for row in rows)
+
         ratios = [row.ratio for row in rows]
-        phases = [
-            sum(getattr(row, f"seconds_{phase}") for row in rows)
-            for phase in ("draft", "target", "rest")
-        ]
+        cycles = total("cycles")
+        details = {}
+        if all(row.accepted is not None for row in rows):
+            details = {name: total(name) / cycles for name in ("accepted", "nodes", "drafters")}
+            phases = {name: total(f"seconds_{name}") for name in ("draft", "target", "rest")}
+            details |= {name: value / sum(phases.values()) for name, value in phases.items()}
         return cls(
             statistics.median(ratios),
             median_interval(ratios),
-            sum(row.tokens for row in rows) / cycles,
-            sum(row.accepted for row in rows) / cycles,
-            sum(row.nodes for row in rows) / cycles,
-            *(seconds / sum(phases) for seconds in phases),
-            differing=sum(row.differs_at is not None for row in rows),
+            total("tokens") / cycles,
+            sum(row.differs_at is not None for row in rows),
+            **details,
         )
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for each group of prompts, variants in the order of their first rows."""
-    tables = []
-    for group in dict.fromkeys(row.group for row in rows):
-        of_group = [row for row in rows if row.group == group]
-        count = len({row.prompt for row in of_group})
-        plain = statistics.median(row.plain_tokens / row.plain_seconds for row in of_group)
-        lines = [
-            f"**{group}**, {count} prompt{'s' * (count > 1)}; plain: {plain:.1f} tokens/s (median)",
-            "",
-            "| variant | x plain [95 %] | tau | accepted | nodes | draft/target/rest | differ |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for variant in dict.fromkeys(row.variant for row in of_group):
-            found = [row for row in of_group if row.variant == variant]
-            f = Figures.of(found)
-            lines.append(
-                f"| {variant} | {f.ratio:.2f} [{f.interval[0]:.2f}, {f.interval[1]:.2f}] "
-                f"| {f.tau:.2f} | {f.accepted:.2f} | {f.nodes:.1f} "
-                f"| {f.draft:.0%}/{f.target:.0%}/{f.rest:.0%} | {f.differing}/{len(found)} |"
-            )
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    """A table for each group of prompts and, of several, one for all; variants by first row."""
+    groups = {group: [row for row in rows if row.group == group] for group in _groups(rows)}
+    if len(groups) > 1:
+        groups["all prompts"] = list(rows)
+    return "\n\n".join(_table(name, found) for name, found in groups.items())
+
+
+def _groups(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.group for row in rows))
+
+
+def _table(name: str, rows: Sequence[Row]) -> str:
+    count = len({row.prompt for row in rows})
+    plain = statistics.median(row.plain_tokens / row.plain_seconds for row in rows)
+    lines = [
+        f"**{name}**, {count} prompt{'s' * (count > 1)}; plain: {plain:.1f} tokens/s (median)",
+        "",
+        "| variant | x plain [95 %] | tau | accepted | nodes | drafters | draft/target/rest "
+        "| differ |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant in dict.fromkeys(row.variant for row in rows):
+        found = [row for row in rows if row.variant == variant]
+        f = Figures.of(found)
+        known = "- | - | - | -"
+        if f.accepted is not None:
+            shares = f"{f.draft:.0%}/{f.target:.0%}/{f.rest:.0%}"
+            known = f"{f.accepted:.2f} | {f.nodes:.1f} | {f.drafters:.2f} | {shares}"
+        lines.append(
+            f"| {variant} | {f.ratio:.2f} [{f.interval[0]:.2f}, {f.interval[1]:.2f}] "
+            f"| {f.tau:.2f} | {known} | {f.differing}/{len(found)} |"
+        )
+    return "\n".join(lines)

@@ -6,21 +6,24 @@ Importing this package teaches `generate` the argument `assistant_models` (undo:
 
     math = taps_hf.EagleDrafter.from_pretrained("path/or/hub-name")
     chat = taps_hf.EagleDrafter.from_pretrained("path/or/hub-name")
-    target.generate(**inputs, assistant_models=[math, chat], strategy="merged")
+    target.generate(**inputs, assistant_models=[math, chat])
 """
 
 from .averaging import average_drafters
 from .candidate_generator import TreeCandidateGenerator
 from .configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
+from .costs import Costs, DraftCost, measure_costs
 from .extension import disable, enable, is_enabled
 from .generation import SpeculativeDecoding
 from .modeling_eagle import EagleDrafter
 from .shapes import ChainTree, DynamicTree, FixedTree, TreeShape
 from .strategies import (
+    Auto,
     Choice,
     Confidence,
     CycleOutcome,
     Entropy,
+    GenerationContext,
     Merged,
     Single,
     Strategy,
@@ -32,11 +35,14 @@ from .tree import DraftTree, concatenate, merge
 from .version import __version__
 
 __all__ = [
+    "Auto",
     "ChainTree",
     "Choice",
     "Confidence",
+    "Costs",
     "CycleOutcome",
     "CycleTrace",
+    "DraftCost",
     "DraftTrace",
     "DraftTree",
     "DynamicTree",
@@ -45,6 +51,7 @@ __all__ = [
     "EmittedToken",
     "Entropy",
     "FixedTree",
+    "GenerationContext",
     "Merged",
     "Single",
     "SpeculativeDecoderOnlyOutput",
@@ -59,6 +66,7 @@ __all__ = [
     "enable",
     "is_enabled",
     "list_strategies",
+    "measure_costs",
     "merge",
     "register_strategy",
     "tokenizer_fingerprint",

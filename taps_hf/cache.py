@@ -8,6 +8,8 @@ object holds transformers' own layers again, with the states plain `generate` wo
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -55,6 +57,12 @@ class _Buffer:
         """Keep `rows` of the batch."""
         self.data = self.data[rows]
 
+    def row(self, row: int) -> _Buffer:
+        """One row of the batch, in the same memory."""
+        view = copy.copy(self)
+        view.data = self.data[row : row + 1]
+        return view
+
 
 class _GrowingMixin:
     """What growing layers add to transformers' dynamic layers."""
@@ -95,6 +103,13 @@ class _GrowingMixin:
             for buffer in self._buffers:
                 buffer.select(indices.to(self.keys.device))
             self._refresh()
+
+    def row(self, row: int) -> _GrowingMixin:
+        """A layer with one row of the batch, in the same memory."""
+        view = copy.copy(self)
+        view._buffers = tuple(buffer.row(row) for buffer in self._buffers)
+        view._refresh()
+        return view
 
 
 class GrowingLayer(_GrowingMixin, DynamicLayer):
@@ -227,6 +242,16 @@ class InPlaceCache:
         """Keep those rows of the batch; int64 of shape (rows,)."""
         for layer in self.cache.layers:
             layer.batch_select_indices(rows)
+
+    def row(self, row: int) -> InPlaceCache:
+        """One row of the batch, in the same memory.
+
+        What is appended to it stays unknown to this cache, which later writes over it.
+        """
+        view = copy.copy(self)
+        view.cache = copy.copy(self.cache)
+        view.cache.layers = [layer.row(row) for layer in self.cache.layers]
+        return view
 
     def release(self) -> None:
         """Give the cache its own kind of layers back, holding exactly the kept states."""

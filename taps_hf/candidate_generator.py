@@ -9,10 +9,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from .costs import measure_costs
 from .drafting import DrafterSession
 from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
-from .strategies import Choice, CycleOutcome, Strategy
+from .stacking import groups_of
+from .strategies import Choice, CycleOutcome, GenerationContext, Strategy
 from .tree import DraftTree
 
 
@@ -46,20 +48,25 @@ class TreeCandidateGenerator(CandidateGenerator):
         sample_temperature: float | None = None,
         with_entropy: bool = False,
     ) -> None:
-        self.strategy = strategy
         self.shape = tree
         self.max_length = max_length
         self.history: list[CycleOutcome] = []
+        self._num_drafters = len(drafters)
+        self.strategy = strategy.begin(
+            GenerationContext(
+                len(drafters), target.device, lambda: measure_costs(target, drafters, tree)
+            )
+        )
         self._sessions = [
             DrafterSession(
-                drafter,
+                [drafters[index] for index in group],
                 target,
-                index,
+                group,
                 len(drafters),
                 sample_temperature,
                 with_entropy or strategy.needs_entropy,
             )
-            for index, drafter in enumerate(drafters)
+            for group in groups_of(drafters)  # drafters of one shape run as one
         ]
         self._observed = 0
 
@@ -87,13 +94,21 @@ class TreeCandidateGenerator(CandidateGenerator):
             the strategy's choice, its tree on the CPU.
         """
         if max_depth < 1 or not self._sessions[0].has_context:
-            return Choice(DraftTree.root(root.cpu(), len(self._sessions)), ())
-        trees = {}
-        for index in self.strategy.drafters_to_run(len(self._sessions), self.history):
-            session = self._sessions[index]
-            tree = self.shape.grow(session, root.to(session.device), max_depth)
-            # Trees are tiny, and the walk reads them on the host: they are composed there.
-            trees[index] = tree.to(torch.device("cpu"))
+            return Choice(DraftTree.root(root.cpu(), self._num_drafters), ())
+        asked = self.strategy.drafters_to_run(self._num_drafters, self.history)
+        grown: dict[int, DraftTree] = {}
+        for session in self._sessions:
+            wanted = [index for index in asked if index in session.indices]
+            if wanted:
+                session.ask(wanted)
+                trees = self.shape.grow(
+                    session, root.to(session.device), max_depth, self.strategy.go_on
+                )
+                # Trees are tiny, and the walk reads them on the host: they are composed there.
+                grown |= {i: t.to(torch.device("cpu")) for i, t in zip(session.asked, trees)}
+        trees = {index: grown[index] for index in asked}
+        if not trees:
+            return Choice(DraftTree.root(root.cpu(), self._num_drafters), ())
         choice = self.strategy.compose(trees, self.history)
         if not isinstance(choice, Choice):
             raise ValueError(
@@ -103,7 +118,8 @@ class TreeCandidateGenerator(CandidateGenerator):
         return choice
 
     def record(self, outcome: CycleOutcome) -> None:
-        """Tell the strategy what became of its choice. Cycles without a draft are not recorded."""
+        """Tell the strategy what became of its choice. Cycles without a draft are no history."""
+        self.strategy.observe(outcome)
         if outcome.drafters:
             self.history.append(outcome)
 

@@ -57,9 +57,10 @@ class SpeculativeDecoding:
 
     Args:
         assistant_models: a drafter, a list of them, or a dictionary from names to them.
-        strategy: a registered name or a [`Strategy`]. Default: "single" for one drafter, "merged"
-            for several.
-        tree: shape of each drafter's tree. Default: `DynamicTree()`.
+        strategy: a registered name or a [`Strategy`]. Default: "single" for one drafter, "auto"
+            for several ("merged" with rejection).
+        tree: shape of each drafter's tree. Default: `DynamicTree()`; what "auto" grows at most is
+            larger.
         verification: "walk" (deterministic proposals; greedy or seed-exact sampling) or "rejection"
             (proposals sampled from the drafters; exact in distribution).
         output_draft_trees: with `return_dict_in_generate` or `on_cycle`, keep every cycle's tree,
@@ -88,9 +89,11 @@ class SpeculativeDecoding:
     ) -> None:
         self.drafters = named_drafters(assistant_models)
         if strategy is None:
-            strategy = "single" if len(self.drafters) == 1 else "merged"
+            # Sampled proposals cannot be sized by confidence: it would be that of what was sampled.
+            several = "merged" if verification == "rejection" else "auto"
+            strategy = "single" if len(self.drafters) == 1 else several
         self.strategy = get_strategy(strategy)
-        self.tree = DynamicTree() if tree is None else tree
+        self.tree = DynamicTree(*self.strategy.tree_limits) if tree is None else tree
         self.verification = verification
         self.output_draft_trees = output_draft_trees
         self.streamer = streamer
@@ -203,7 +206,7 @@ class SpeculativeDecoding:
                 emitted = input_ids[0, start:]
                 generator.observe(emitted, features[walked])
                 origins = tuple(tree.proposers(copies) for copies in accepted)
-                generator.record(CycleOutcome(choice.drafters, origins))
+                generator.record(CycleOutcome(choice.drafters, origins, tuple(emitted.tolist())))
                 if clock:
                     clock.lap()
                     trace.cycles.append(

@@ -38,6 +38,7 @@ def row(**changed) -> Row:
         "cycles": 10,
         "accepted": 20,
         "nodes": 80,
+        "drafters": 10,
         "seconds_draft": 0.2,
         "seconds_target": 0.7,
         "seconds_rest": 0.1,
@@ -67,6 +68,25 @@ def test_figures_from_known_rows():
     assert "| 33%/57%/10% | 1/3 |" in markdown(rows)
 
 
+def test_what_is_not_known_is_not_shown():
+    unknown = dict.fromkeys(
+        ["accepted", "nodes", "drafters", "seconds_draft", "seconds_target", "seconds_rest"]
+    )
+    found = Figures.of([row(**unknown), row(**unknown)])
+    assert found.accepted is None
+    assert found.tau == pytest.approx(3.0)
+    assert "| 3.00 | - | - | - | - | 0/1 |" in markdown([row(**unknown)])
+
+
+def test_several_groups_are_also_shown_together():
+    table = markdown([row(), row(group="h", prompt="h:1:0", seconds=3.0, plain_seconds=1.5)])
+    assert [line for line in table.splitlines() if line.startswith("**")] == [
+        f"**{name}**, {count}; plain: 20.0 tokens/s (median)"
+        for name, count in [("g", "1 prompt"), ("h", "1 prompt"), ("all prompts", "2 prompts")]
+    ]
+    assert "| merged 3,8,8 | 1.00 [" in table  # the median of 1.5 and 0.5
+
+
 def test_interval_of_a_median_narrows_and_repeats():
     few, many = list(range(10)), [i / 10 for i in range(100)]
     assert median_interval(few) == median_interval(few)
@@ -78,7 +98,9 @@ def test_interval_of_a_median_narrows_and_repeats():
 
 def test_variants():
     ways = decode.variants(["math", "chat"], [(3, 8, 8), (5, 8, 24)])
-    assert [way.name for way in ways][:7] == [
+    assert [way.name for way in ways][:9] == [
+        "auto",
+        "prompt-lookup",
         "single math 3,8,8",
         "single chat 3,8,8",
         "confidence 3,8,8",
@@ -87,9 +109,10 @@ def test_variants():
         "merged-equal-budget 3,8,8",
         "concatenated 3,8,8",
     ]
-    assert len(ways) == 14
-    assert ways[12].strategy.num_nodes == 24
-    assert [way.name for way in decode.variants(["only"], [(2, 4, 4)])] == ["single only 2,4,4"]
+    assert len(ways) == 16
+    assert ways[14].strategy.num_nodes == 24
+    found = decode.variants(["only"], [(2, 4, 4)])
+    assert [way.name for way in found] == ["auto", "prompt-lookup", "single only 2,4,4"]
 
 
 @pytest.mark.parametrize("temperature", [None, 0.7])
@@ -105,12 +128,17 @@ def test_measured_rows_match_the_generations(temperature):
         )
         assert [r.variant for r in rows] == [way.name for way in ways]
         for r in rows:
-            assert r.differs_at is None
             assert r.tokens == r.plain_tokens == 12
+            if r.variant == "prompt-lookup":  # sampled, it is exact in distribution only
+                assert r.accepted is None
+                assert 1 <= r.cycles <= 12
+                assert temperature or r.differs_at is None
+                continue
+            assert r.differs_at is None
             assert r.seconds > r.seconds_draft + r.seconds_target + r.seconds_rest > 0
             assert r.tokens - r.cycles <= r.accepted <= r.tokens
         assert len({r.plain_seconds for r in rows}) == 1
-    nodes = {r.variant: r.nodes / r.cycles for r in rows}
+    nodes = {r.variant: r.nodes / r.cycles for r in rows if r.nodes is not None}
     assert nodes["merged-equal-budget 3,4,8"] <= 8 < nodes["concatenated 3,4,8"]
 
 

@@ -28,7 +28,7 @@ def slots(family: str = "llama", length: int = 25) -> tuple[torch.Tensor, torch.
 
 def session(family: str = "llama", drafter: EagleDrafter | None = None, **kwargs) -> DrafterSession:
     drafter = drafter or tiny_drafters(1, family)[0]
-    return DrafterSession(drafter, tiny_target(family), 0, 1, **kwargs)
+    return DrafterSession([drafter], tiny_target(family), **kwargs)
 
 
 def assert_trees_close(a, b):
@@ -46,8 +46,8 @@ def test_a_session_that_catches_up_late_equals_one_that_always_ran(family):
         for each in (diligent, late):
             each.observe(tokens[chunk], features[chunk])
         assert late.has_context
-        last = shape.grow(diligent, tokens[chunk][-1:], max_depth=3)
-    assert_trees_close(shape.grow(late, tokens[-1:], max_depth=3), last)
+        (last,) = shape.grow(diligent, tokens[chunk][-1:], max_depth=3)
+    assert_trees_close(*shape.grow(late, tokens[-1:], max_depth=3), last)
     # Their caches agree too: one more slot gives the same prediction.
     for each in (diligent, late):
         each.observe(tokens[:1], features[:1])
@@ -64,10 +64,10 @@ def test_end_forgets_the_tree(family):
     undisturbed.begin()
     layer = drafted._cache.cache.layers[0]
     keys, values = layer.keys.clone(), layer.values.clone()
-    children = drafted.expand(hidden, 3).tokens[0]
-    visible = torch.eye(3, dtype=torch.bool)
-    hidden = drafted.step(children, hidden.expand(3, -1), visible, 1)
-    drafted.step(children, hidden, torch.cat([visible, visible], dim=1), 2)
+    children = drafted.expand(hidden, 3).tokens[:, 0]
+    visible = torch.eye(3, dtype=torch.bool)[None]
+    hidden = drafted.step(children, hidden.expand(-1, 3, -1), visible, 1)
+    drafted.step(children, hidden, torch.cat([visible, visible], dim=2), 2)
     assert layer.get_seq_length() == 20 + 6
     drafted.end()
     assert torch.equal(layer.keys, keys)
@@ -82,11 +82,11 @@ def test_a_node_sees_its_own_path_only():
     one, other = session(), session()
     for each in (one, other):
         each.observe(tokens, features)
-    hidden = one.begin().expand(2, -1)
+    hidden = one.begin().expand(-1, 2, -1)
     other.begin()
-    visible = torch.eye(2, dtype=torch.bool)
-    a = one.step(torch.tensor([3, 4]), hidden, visible, 1)
-    b = other.step(torch.tensor([3, 5]), hidden, visible, 1)
+    visible = torch.eye(2, dtype=torch.bool)[None]
+    (a,) = one.step(torch.tensor([[3, 4]]), hidden, visible, 1)
+    (b,) = other.step(torch.tensor([[3, 5]]), hidden, visible, 1)
     torch.testing.assert_close(a[0], b[0])
     assert not torch.allclose(a[1], b[1], atol=1e-2)
 
@@ -112,22 +112,23 @@ def test_expansion_against_a_direct_computation(draft_vocab, temperature):
     p = (logits[:, ids] / (temperature or 1.0)).softmax(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = each.expand(hidden, 4)
-    torch.testing.assert_close(found.entropy[:, 0].double(), -(p * p.log()).sum(1))
+        found = each.expand(hidden[None], 4)
+    (tokens,), (log_confidence,) = found.tokens, found.log_confidence
+    torch.testing.assert_close(found.entropy[0].double(), -(p * p.log()).sum(1))
     full = torch.zeros(7, 16, dtype=torch.double)
     full[:, ids] = p
-    torch.testing.assert_close(found.log_confidence.exp().double(), full.gather(1, found.tokens))
+    torch.testing.assert_close(log_confidence.exp().double(), full.gather(1, tokens))
     if temperature is None:
-        assert torch.equal(found.tokens, full.topk(4, dim=1).indices)
+        assert torch.equal(tokens, full.topk(4, dim=1).indices)
         assert found.probabilities is None
     else:
-        torch.testing.assert_close(found.probabilities.double(), full)
-    assert each.expand(hidden, 99).tokens.shape == (7, len(ids))
+        torch.testing.assert_close(found.probabilities[0].double(), full)
+    assert each.expand(hidden[None], 99).tokens.shape == (1, 7, len(ids))
 
 
 def test_entropies_are_not_computed_unless_asked():
     each = session()
-    assert each.expand(torch.zeros(2, 32), 3).entropy.isnan().all()
+    assert each.expand(torch.zeros(1, 2, 32), 3).entropy is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +140,7 @@ def test_eager_and_sdpa_drafters_agree(family):
     trees = []
     for each in (session(family), session(family, eager)):
         each.observe(tokens, features)
-        trees.append(DynamicTree(depth=4, top_k=3, num_nodes=12).grow(each, tokens[-1:], 4))
+        trees += DynamicTree(depth=4, top_k=3, num_nodes=12).grow(each, tokens[-1:], 4)
     assert_trees_close(*trees)
 
 

@@ -22,6 +22,7 @@ STRATEGIES = [
     "confidence",
     "entropy",
     "merged",
+    "auto",
     taps_hf.Single(1),
     taps_hf.Confidence(per="prompt"),
     taps_hf.Entropy(per="prompt"),

@@ -29,13 +29,14 @@ class Reference:
         self.hidden = {(): self._run(self.tokens, self.features)}
 
     def session(self, **kwargs) -> DrafterSession:
-        session = DrafterSession(self.drafter, self.target, 0, 1, **kwargs)
+        session = DrafterSession([self.drafter], self.target, **kwargs)
         session.observe(self.tokens, self.features)
         return session
 
     @torch.no_grad()
     def grow(self, shape: TreeShape, max_depth: int = 99, **kwargs):
-        return shape.grow(self.session(**kwargs), self.root, max_depth)
+        (tree,) = shape.grow(self.session(**kwargs), self.root, max_depth)
+        return tree
 
     @torch.no_grad()
     def _run(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -149,10 +150,10 @@ def test_shapes_against_ranks(shape, draft_vocab, max_depth):
 
 def test_another_drafters_rows_are_unknown():
     reference = Reference()
-    session = DrafterSession(reference.drafter, reference.target, 1, 3, with_entropy=True)
+    session = DrafterSession([reference.drafter], reference.target, [1], 3, with_entropy=True)
     session.observe(reference.tokens, reference.features)
     with torch.no_grad():
-        tree = DynamicTree().grow(session, reference.root, 3)
+        (tree,) = DynamicTree().grow(session, reference.root, 3)
     for values in (tree.confidence, tree.path_confidence, tree.entropy):
         assert values.shape == (3, len(tree))
         assert values[[0, 2], 1:].isnan().all()
@@ -206,8 +207,8 @@ def test_children_are_draws_without_replacement():
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         session = reference.session(sample_temperature=3.0)
-        hidden = session.begin().expand(draws, -1)
-        tokens = session.expand(hidden, 2).tokens
+        hidden = session.begin().expand(-1, draws, -1)
+        (tokens,) = session.expand(hidden, 2).tokens
     pairs = list(itertools.permutations(q, 2))
     first = torch.tensor([float((tokens[:, 0] == a).sum()) for a in q])
     both = torch.tensor(

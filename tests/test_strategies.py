@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from taps_hf import (
+    Auto,
     ChainTree,
     Choice,
     Confidence,
@@ -51,10 +52,11 @@ def chain(drafter: int, confidences: list[float], entropies: list[float], num_dr
     )
 
 
-def test_the_four_strategies_are_registered():
-    assert {"confidence", "entropy", "merged", "single"} <= set(list_strategies())
+def test_the_strategies_are_registered():
+    kinds = {"auto": Auto, "confidence": Confidence, "entropy": Entropy}
+    kinds |= {"merged": Merged, "single": Single}
+    assert set(kinds) <= set(list_strategies())
     assert list(list_strategies()) == sorted(list_strategies())
-    kinds = {"confidence": Confidence, "entropy": Entropy, "merged": Merged, "single": Single}
     for name, kind in kinds.items():
         assert get_strategy(name) == kind()
 
@@ -138,16 +140,17 @@ def test_routing_per_prompt_sticks_with_the_first_decision(kind):
 
 
 class Recording(TreeShape):
-    """A chain that notes which drafter it is grown by."""
+    """A chain that notes which drafters it is grown by."""
 
     follows_tokens = False
 
     def __init__(self):
         self.ran = []
 
-    def grow(self, session, root, max_depth):
-        self.ran.append(session.index)
-        return ChainTree(2).grow(session, root, max_depth)
+    def grow(self, session, root, max_depth, go_on=None):
+        trees = ChainTree(2).grow(session, root, max_depth, go_on)
+        self.ran += session.asked
+        return trees
 
 
 @pytest.mark.parametrize(

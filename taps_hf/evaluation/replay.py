@@ -31,7 +31,7 @@ class _Grower:
     def __init__(
         self, drafter: EagleDrafter, target: PreTrainedModel, shape: TreeShape, record: Record
     ) -> None:
-        self.session = DrafterSession(drafter, target, 0, 1, with_entropy=True)
+        self.session = DrafterSession([drafter], target, with_entropy=True)
         self.shape = shape
         self.record = record
         self.fed = 0  # slots the session has been given
@@ -45,7 +45,8 @@ class _Grower:
             self.session.observe(tokens, self.record.features[self.fed : root])
             self.fed, self.position = root, root
             token = self.record.tokens[root : root + 1].to(self.session.device)
-            self.tree = self.shape.grow(self.session, token, max_depth).to(torch.device("cpu"))
+            (tree,) = self.shape.grow(self.session, token, max_depth)
+            self.tree = tree.to(torch.device("cpu"))
         return self.tree
 
 

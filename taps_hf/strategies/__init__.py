@@ -4,16 +4,27 @@ A strategy sees what the drafters propose and what happened in earlier cycles, n
 view of the current tree (TAPS, Proposition A.1): whatever it decides, the output stays exact.
 """
 
-from .base import Choice, CycleOutcome, Strategy, get_strategy, list_strategies, register_strategy
+from .auto import Auto
+from .base import (
+    Choice,
+    CycleOutcome,
+    GenerationContext,
+    Strategy,
+    get_strategy,
+    list_strategies,
+    register_strategy,
+)
 from .merged import Merged
 from .routing import Confidence, Entropy
 from .single import Single
 
 __all__ = [
+    "Auto",
     "Choice",
     "Confidence",
     "CycleOutcome",
     "Entropy",
+    "GenerationContext",
     "Merged",
     "Single",
     "Strategy",

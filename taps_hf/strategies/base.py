@@ -5,9 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+import torch
+
+from ..growth import GoOn
 from ..tree import DraftTree
+
+if TYPE_CHECKING:
+    from ..costs import Costs
 
 
 @dataclass(frozen=True)
@@ -23,23 +29,54 @@ class CycleOutcome:
     """What an earlier cycle came to.
 
     Args:
-        drafters: the drafters whose proposals were verified.
+        drafters: the drafters whose proposals were verified; none if none drafted.
         accepted: for each accepted draft token, in order, the drafters that had proposed it.
+        tokens: the tokens emitted.
     """
 
     drafters: tuple[int, ...]
     accepted: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationContext:
+    """What a strategy may know of the generation that begins.
+
+    Args:
+        num_drafters: how many there are.
+        device: of the target.
+        costs: measures, or recalls, what passes and drafts cost here.
+    """
+
+    num_drafters: int
+    device: torch.device
+    costs: Callable[[], Costs]
 
 
 class Strategy(ABC):
     """Composes the proposals of several drafters.
 
-    Strategies hold settings only. What a decision needs to remember about the running generation it
-    reads from `history`, so that one object can serve many generations at once.
+    Strategies hold settings only, so that one object can serve many generations at once. What a
+    decision needs to remember about the running generation it reads from `history`; a strategy that
+    learns returns, from [`begin`], an object that does.
     """
 
     needs_entropy: ClassVar[bool] = False
     """Whether trees must carry draft entropies."""
+
+    tree_limits: ClassVar[tuple[int, int, int]] = (5, 8, 24)
+    """Depth, top_k and num_nodes of each drafter's `DynamicTree` unless a `tree` is given."""
+
+    def begin(self, context: GenerationContext) -> Strategy:
+        """The strategy to ask in one generation: itself, unless it keeps a state."""
+        return self
+
+    def observe(self, outcome: CycleOutcome) -> None:  # noqa: B027 (most strategies keep no state)
+        """Hear what a cycle came to, also one in which nobody drafted."""
+
+    go_on: GoOn | None = None
+    """Asked while trees grow, after each level: whether another one is worth its time."""
 
     @property
     def supports_sampled_proposals(self) -> bool:

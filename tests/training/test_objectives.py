@@ -29,15 +29,15 @@ def slots_of(target, ids):
 @torch.no_grad()
 def drafted(target, drafter, ids, root: int, depth: int) -> list[torch.Tensor]:
     """Predictions along a chain of true tokens from a root slot, by the code that drafts."""
-    session = DrafterSession(drafter, target, index=0, num_drafters=1)
+    session = DrafterSession([drafter], target)
     features = features_of(target, ids)[0]
     session.observe(ids[0, 1 : root + 2], features[: root + 1])
     hidden = [session.begin()]
     for level in range(1, depth):
-        visible = torch.ones(1, level, dtype=torch.bool)
-        token = ids[0, root + level + 1][None]
+        visible = torch.ones(1, 1, level, dtype=torch.bool)
+        token = ids[:, root + level + 1][None]
         hidden.append(session.step(token, hidden[-1], visible, level))
-    return [x[0] for x in hidden]
+    return [x[0, 0] for x in hidden]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,224 @@
+"""What a pass of the target and a level of drafting cost on this machine, measured once."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from .drafting import DrafterSession
+from .modeling_eagle import EagleDrafter
+from .shapes import TreeShape
+from .stacking import groups_of, stacking_key
+from .target import TargetSession
+from .tree import DraftTree
+
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_PAST = 64  # tokens before the root while measuring
+_SECONDS = 1.2  # after warming up; one pass of each kind is made even if that takes longer
+
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True)
+class DraftCost:
+    """Seconds for drafters that run as one.
+
+    Args:
+        first: for what was accepted, and the first level.
+        level: for each level after that.
+    """
+
+    first: float
+    level: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Latencies, in seconds, of one target and its drafters.
+
+    Args:
+        target: (rows, seconds) of the target's pass, ascending: a tree of n nodes has n + 1 rows.
+        groups: indices of the drafters that run as one.
+        one: for each group, when one of it drafts.
+        all: for each group, when all of it draft.
+    """
+
+    target: tuple[tuple[int, float], ...]
+    groups: tuple[tuple[int, ...], ...]
+    one: tuple[DraftCost, ...]
+    all: tuple[DraftCost, ...]
+
+    def target_seconds(self, rows: int) -> float:
+        """A pass of the target over so many rows: linear between and beyond what was measured."""
+        points = self.target
+        if len(points) == 1:
+            return points[0][1]
+        after = bisect_right([width for width, _ in points], rows)
+        i = min(max(after - 1, 0), len(points) - 2)
+        (x0, y0), (x1, y1) = points[i], points[i + 1]
+        return max(y0 + (rows - x0) * (y1 - y0) / (x1 - x0), 0.0)
+
+    @cached_property
+    def by_rows(self) -> torch.Tensor:
+        """(512,) float32: entry n is the pass over n + 1 rows."""
+        return torch.tensor([self.target_seconds(rows) for rows in range(1, 513)])
+
+    def draft(self, asked: Sequence[int]) -> DraftCost:
+        """Of the drafters asked, one group after the other."""
+        first = level = 0.0
+        for group, one, everyone in zip(self.groups, self.one, self.all):
+            wanted = sum(index in group for index in asked)
+            if wanted:
+                cost = one if wanted == 1 else everyone
+                first, level = first + cost.first, level + cost.level
+        return DraftCost(first, level)
+
+
+_measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, Costs]]
+_measured = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def measure_costs(
+    target: PreTrainedModel,
+    drafters: Sequence[EagleDrafter],
+    tree: TreeShape,
+    refresh: bool = False,
+) -> Costs:
+    """Time passes and drafts, in under two seconds on models whose passes are short.
+
+    What was found is kept for as long as the target lives, by shapes, dtypes, devices and number of
+    threads. Only speed depends on it, never what is generated.
+
+    Args:
+        target: the model to be accelerated.
+        drafters: in the order in which `generate` gets them.
+        tree: the largest tree that will be grown.
+        refresh: measure anew.
+    """
+    key = (
+        tuple(map(stacking_key, drafters)),
+        tree,
+        target.dtype,
+        target.device,
+        torch.get_num_threads(),
+    )
+    with _lock:
+        kept = _measured.setdefault(target, {})
+        if refresh or key not in kept:
+            kept[key] = _measure(target, drafters, tree)
+        return kept[key]
+
+
+@torch.no_grad()
+def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: TreeShape) -> Costs:
+    device = target.get_input_embeddings().weight.device
+    vocabulary = target.get_input_embeddings().weight.shape[0]
+    # Any tokens do: what a pass costs does not depend on them.
+    ids = (torch.arange(_PAST + 1, device=device) % vocabulary)[None]
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    session = TargetSession(target, ids, GenerationConfig(), {"past_key_values": cache})
+    tokens, features = session.prefill()
+    groups = groups_of(drafters)
+
+    runs: dict[tuple, Callable[[], None]] = {}
+    for width in _widths(session, ids[0, -1], tree.num_nodes * len(drafters) + 1):
+        runs["target", width] = _target_run(session, ids[0, -1], width)
+    for number, group in enumerate(groups):
+        for asked in {group[:1], group}:
+            for depth in (1, 3):
+                drafting = DrafterSession(
+                    [drafters[i] for i in group], target, group, len(drafters)
+                )
+                drafting.observe(tokens, features)
+                drafting.ask(asked)
+                runs["draft", number, len(asked), depth] = _draft_run(
+                    drafting, tree, depth, tokens[-3:], features[-3:]
+                )
+    best = _time(runs, device)
+    session.release()
+
+    def draft_cost(number: int, asked: int) -> DraftCost:
+        first, third = (best["draft", number, asked, depth] for depth in (1, 3))
+        return DraftCost(first, max(third - first, 0.0) / 2)
+
+    return Costs(
+        tuple((key[1], seconds) for key, seconds in best.items() if key[0] == "target"),
+        tuple(groups),
+        tuple(draft_cost(number, 1) for number in range(len(groups))),
+        tuple(draft_cost(number, len(group)) for number, group in enumerate(groups)),
+    )
+
+
+def _widths(session: TargetSession, token: torch.Tensor, most: int) -> list[int]:
+    """The widths to measure up to `most`: fewer where a pass is long."""
+    widths = [width for width in _WIDTHS if width < most] + [most]
+    run = _target_run(session, token, 1)
+    (seconds,) = _time({"one": run}, session.device, seconds=0.0).values()
+    affordable = max(int(_SECONDS / (4 * seconds)), 3)
+    if affordable < len(widths):
+        step = (len(widths) - 1) / (affordable - 1)
+        widths = sorted({widths[round(i * step)] for i in range(affordable)})
+    return widths
+
+
+def _target_run(session: TargetSession, token: torch.Tensor, width: int) -> Callable[[], None]:
+    # A root with leaves: what a pass costs depends on the number of nodes only.
+    depths = torch.ones(width, dtype=torch.long)
+    depths[0] = 0
+    known = torch.ones(1, width)
+    tree = DraftTree(token.cpu().expand(width), depths - 1, depths, known, known)
+
+    def run() -> None:
+        session.verify(tree)
+        session.keep([])
+
+    return run
+
+
+def _draft_run(
+    session: DrafterSession,
+    tree: TreeShape,
+    depth: int,
+    tokens: torch.Tensor,
+    features: torch.Tensor,
+) -> Callable[[], None]:
+    root = tokens[-1:].to(session.device)
+
+    def run() -> None:
+        session.observe(tokens, features)
+        for grown in tree.grow(session, root, depth):
+            grown.to(torch.device("cpu"))
+
+    return run
+
+
+def _time(
+    runs: Mapping[_Key, Callable[[], None]], device: torch.device, seconds: float = _SECONDS
+) -> dict[_Key, float]:
+    """The shortest of several times of each: others on the machine only ever add to it."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    began = now()
+    best: dict[_Key, float] = {}
+    for run in runs.values():  # first passes cost more than later ones
+        run()
+    while not best or now() - began < seconds:
+        for key, run in runs.items():
+            start = now()
+            run()
+            best[key] = min(best.get(key, float("inf")), now() - start)
+    return best

@@ -1,0 +1,211 @@
+"""The strategy that weighs what drafting brings against what it costs on this machine."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..calibration import Calibration
+from ..costs import Costs
+from ..tree import DraftTree, merge
+from .base import Choice, CycleOutcome, GenerationContext, Strategy, register_strategy
+
+
+@register_strategy("auto")
+@dataclass(frozen=True)
+class Auto(Strategy):
+    """Merged trees sized by cost: what is drafted and verified is what pays for itself.
+
+    A cycle brings tokens and takes time. With r the tokens per second that the generation reaches
+    anyway, an action that brings g tokens more and takes c seconds more is worth taking if
+    g - r c > 0 (the renewal-reward rule for the largest long-run ratio). By that rule each cycle
+    decides which drafters draft, after each level whether to grow another, and which nodes of the
+    union are verified, down to none: a plain step.
+
+    * c comes from [`costs.Costs`], measured once on this machine.
+    * g comes from the drafters' confidences, calibrated by what was accepted ([`Calibration`]).
+    * Which drafters: those whose proposals would have paid in the last cycles in which all of them
+      ran. All run in every `explore`-th cycle, and when the chosen ones fail twice running; so a
+      change of topic is noticed within `explore` cycles.
+    * If no choice beats plain steps, a few plain steps follow before all drafters are tried again:
+      4, then twice as many after each failure, up to `longest_pause`.
+
+    Times change which tree is verified and so the speed, never the output.
+
+    Args:
+        explore: all drafters run at least once in so many cycles.
+        longest_pause: plain steps between two tries where drafting does not pay.
+        costs: latencies to assume; None measures them.
+    """
+
+    explore: int = 8
+    longest_pause: int = 64
+    costs: Costs | None = None
+
+    tree_limits: ClassVar[tuple[int, int, int]] = (8, 8, 48)
+
+    def __post_init__(self) -> None:
+        for name in ("explore", "longest_pause"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, expected a positive integer.")
+
+    def begin(self, context: GenerationContext) -> Strategy:
+        costs = context.costs() if self.costs is None else self.costs
+        return _Running(self, costs, context)
+
+    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+        raise RuntimeError("Auto decides by what it learns in a generation; call `begin` first.")
+
+
+class _Running(Strategy):
+    """[`Auto`] in one generation.
+
+    Args:
+        settings: what was asked for.
+        costs: of the models.
+        context: of the generation.
+    """
+
+    _MEMORY = 12  # looks that are remembered
+    _DECAY = 0.85  # of a look's weight, for each later one
+    _RATE_DECAY = 0.9  # of tokens and seconds, for each later cycle
+
+    def __init__(self, settings: Auto, costs: Costs, context: GenerationContext) -> None:
+        self.settings, self.costs = settings, costs
+        self._everyone = tuple(range(context.num_drafters))
+        self._reads_levels = context.device.type == "cpu"
+        self._calibration = Calibration(context.num_drafters)
+        # Cycles in which all drafters ran: for each accepted token, who had proposed it.
+        self._looks: deque[tuple[tuple[int, ...], ...]] = deque(maxlen=self._MEMORY)
+        self._since_look = 0  # cycles with a draft since the last of these
+        self._pause, self._next_pause = 0, 4  # plain steps left; in the next pause
+        self._misses = 0  # cycles running in which the chosen drafters brought nothing
+        self._plain = costs.target_seconds(1)
+        self._tokens, self._seconds = 2.0, 2.0 * self._plain
+        self._deeper = 0.6  # share of cycles that accept a node more, given that they came so far
+        self._nodes = 8.0  # verified nodes, on average
+        self._levels = 3.0  # levels grown, on average
+        self._asked: tuple[int, ...] = ()
+        self._grown = 1
+        self._union: DraftTree | None = None
+        self._verified = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that this generation reaches, at least plain decoding's."""
+        return max(self._tokens / self._seconds, 1.0 / self._plain)
+
+    def drafters_to_run(
+        self, num_drafters: int, history: Sequence[CycleOutcome]
+    ) -> tuple[int, ...]:
+        self._asked, self._grown, self._union, self._verified = (), 1, None, 0
+        if self._pause:
+            self._pause -= 1
+            return ()
+        due = len(self._looks) < 2 or self._since_look >= self.settings.explore
+        if due or self._misses >= 2:
+            self._asked = self._everyone
+        else:
+            self._asked = self._best_drafters()
+            if not self._asked:  # drafting does not pay: come back later
+                self._pause = self._next_pause - 1
+                self._next_pause = min(2 * self._next_pause, self.settings.longest_pause)
+                self._looks.clear()
+            else:
+                self._next_pause = 4
+        return self._asked
+
+    def go_on(self, depth: int, log_path: torch.Tensor) -> bool:
+        self._grown = depth + 1
+        if self._reads_levels:
+            reach = min(float(log_path.exp().sum(dim=1).amax()), 1.0)
+        else:  # reading a level back would make the device wait: by what was so far
+            reach = self._deeper**depth
+        cost = self.costs.draft(self._asked).level + self._marginal()
+        worth = reach * self._deeper > self.rate * cost
+        if not worth:
+            self._grown = depth
+        return worth
+
+    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+        union = merge(list(trees.values()))
+        probability = self._calibration.acceptance(union)
+        order = torch.sort(probability[1:], descending=True, stable=True)
+        seconds = self.costs.by_rows[: len(union)]
+        gain = torch.cat([torch.zeros(1), order.values.cumsum(0)]) - self.rate * seconds
+        self._verified = int(gain.argmax())
+        kept = (order.indices[: self._verified] + 1).sort().values
+        self._union = union
+        tree = union.select(torch.cat([torch.zeros(1, dtype=torch.long), kept]))
+        return Choice(tree, tuple(trees))
+
+    def observe(self, outcome: CycleOutcome) -> None:
+        seconds = self.costs.target_seconds(self._verified + 1)
+        if self._union is not None:
+            draft = self.costs.draft(self._asked)
+            seconds += draft.first + (self._grown - 1) * draft.level
+            self._learn(outcome)
+        self._tokens = self._RATE_DECAY * self._tokens + len(outcome.tokens)
+        self._seconds = self._RATE_DECAY * self._seconds + seconds
+
+    def _learn(self, outcome: CycleOutcome) -> None:
+        union, accepted = self._union, len(outcome.accepted)
+        children = {
+            pair: node
+            for node, pair in enumerate(zip(union.parents.tolist(), union.tokens.tolist()))
+        }
+        reached, hits = [0], []
+        for token in outcome.tokens:
+            node = children.get((reached[-1], token))
+            if node is None:
+                break
+            reached.append(node)
+            hits.append(node)
+        self._calibration.observe(union, reached[: len(outcome.tokens)], hits)
+        if self._asked == self._everyone:
+            self._looks.append(outcome.accepted)
+            self._since_look = self._misses = 0
+        else:
+            self._since_look += 1
+            self._misses = 0 if accepted else self._misses + 1
+        chances = min(accepted + 1, self._grown)
+        for depth in range(1, chances + 1):
+            self._deeper += 0.05 * ((depth <= accepted) - self._deeper)
+        self._nodes += 0.2 * (self._verified - self._nodes)
+        self._levels += 0.2 * (self._grown - self._levels)
+
+    def _marginal(self) -> float:
+        """Seconds for one node more."""
+        rows = round(self._nodes) + 1
+        return max(self.costs.target_seconds(rows + 1) - self.costs.target_seconds(rows), 0.0)
+
+    def _best_drafters(self) -> tuple[int, ...]:
+        """Those worth most by the last looks, none if plain steps are: grown one by one."""
+        best: tuple[int, ...] = ()
+        worth = 1.0 - self.rate * self._plain
+        while True:
+            found = [
+                (self._worth(tuple(sorted((*best, index)))), tuple(sorted((*best, index))))
+                for index in self._everyone
+                if index not in best
+            ]
+            if not found or max(found)[0] <= worth:
+                return best
+            worth, best = max(found)
+
+    def _worth(self, asked: tuple[int, ...]) -> float:
+        """Tokens a cycle with these drafters brings beyond what its time brings anyway."""
+        weight = total = 0.0
+        for age, look in enumerate(reversed(self._looks)):
+            length = next((i for i, by in enumerate(look) if not set(by) & set(asked)), len(look))
+            weight += self._DECAY**age
+            total += self._DECAY**age * length
+        draft = self.costs.draft(asked)
+        seconds = draft.first + (self._levels - 1) * draft.level
+        seconds += self.costs.target_seconds(round(self._nodes) + 1)
+        return 1.0 + total / weight - self.rate * seconds

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from taps_hf import (
+    Auto,
+    ChainTree,
+    Costs,
+    CycleOutcome,
+    DraftCost,
+    DraftTree,
+    DynamicTree,
+    GenerationContext,
+    SpeculativeDecoding,
+)
+
+from .tiny import prompt, tiny_drafters, tiny_target
+
+
+def costs(rows: float, draft: float = 0.0, num_drafters: int = 2, plain: float = 1.0) -> Costs:
+    """A pass over one row costs `plain`, each further one `rows`; drafters run one by one."""
+    each = DraftCost(draft, draft)
+    points = ((1, plain), (2, plain + rows))
+    return Costs(points, tuple((i,) for i in range(num_drafters)), *2 * [(each,) * num_drafters])
+
+
+def running(table: Costs, num_drafters: int = 2, **settings) -> object:
+    def refuse() -> Costs:
+        raise AssertionError("costs were given, and measured nevertheless")
+
+    context = GenerationContext(num_drafters, torch.device("cpu"), refuse)
+    return Auto(costs=table, **settings).begin(context)
+
+
+def chain(drafter: int, confidences: list[float], num_drafters: int = 2) -> DraftTree:
+    """Drafter d proposes the tokens 10 d + 1, 10 d + 2, ..."""
+    size = len(confidences) + 1
+    known = torch.full((num_drafters, size), torch.nan)
+    known[:, 0] = 1.0
+    known[drafter, 1:] = torch.tensor(confidences)
+    tokens = torch.arange(size) + 10 * drafter * (torch.arange(size) > 0)
+    index = torch.arange(size)
+    return DraftTree(tokens, index - 1, index, known, known.cumprod(dim=1))
+
+
+def cycle(strategy, right: dict[int, int], confidences=(0.6, 0.6, 0.6)) -> tuple[int, ...]:
+    """One cycle in which drafter d is right for `right[d]` tokens; returns who drafted."""
+    asked = strategy.drafters_to_run(2, [])
+    if not asked:
+        strategy.observe(CycleOutcome((), (), (99,)))
+        return ()
+    trees = {index: chain(index, list(confidences)) for index in asked}
+    choice = strategy.compose(trees, [])
+    verified = {index: int((~choice.tree.confidence[index, 1:].isnan()).sum()) for index in asked}
+    best = max(asked, key=lambda index: min(right.get(index, 0), verified[index]))
+    length = min(right.get(best, 0), verified[best])
+    tokens = tuple(10 * best + 1 + i for i in range(length)) + (99,)
+    strategy.observe(CycleOutcome(choice.drafters, ((best,),) * length, tokens))
+    return asked
+
+
+def test_the_nodes_verified_are_those_with_the_largest_net_gain():
+    """Against trying every number of nodes, best first."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0.0, 0.01, 0.05, 0.2, 0.5, 2.0):
+        strategy = running(costs(rows))
+        assert strategy.drafters_to_run(2, []) == (0, 1)
+        values = torch.rand(2, 5, generator=generator)
+        trees = {i: chain(i, values[i].tolist()) for i in range(2)}
+        tree = strategy.compose(trees, []).tree
+        paths = sorted(values.cumprod(1).flatten().tolist(), reverse=True)
+        nets = [sum(paths[:n]) - strategy.rate * (1.0 + rows * n) for n in range(11)]
+        assert len(tree) - 1 == nets.index(max(nets))
+        kept = tree.path_confidence[:, 1:].nan_to_num(nan=0).amax(dim=0)
+        assert sorted(kept.tolist(), reverse=True) == pytest.approx(paths[: len(tree) - 1])
+
+
+def test_free_drafts_are_taken_and_dear_ones_are_not():
+    free, dear = running(costs(0.0)), running(costs(0.01, draft=5.0))
+    assert all(cycle(free, {0: 3, 1: 3}) for _ in range(50))
+    asked = [cycle(dear, {0: 3, 1: 3}) for _ in range(100)]
+    assert asked.count(()) > 80
+
+
+def test_drafters_that_are_always_wrong_are_asked_ever_less_often():
+    strategy = running(costs(0.05, draft=0.2), longest_pause=32)
+    asked = [bool(cycle(strategy, {})) for _ in range(300)]
+    pauses = [len(run) for run in "".join("x" if a else "." for a in asked).split("x") if run]
+    assert pauses[:4] == [4, 8, 16, 32]
+    assert set(pauses[4:-1]) == {32}
+
+
+def test_it_comes_back_when_drafting_pays_again():
+    strategy = running(costs(0.02, draft=0.05), longest_pause=16)
+    for _ in range(100):
+        cycle(strategy, {})
+    asked = [cycle(strategy, {0: 3}) for _ in range(60)]
+    first = next(i for i, a in enumerate(asked) if a)
+    assert first <= 16
+    assert sum(map(bool, asked[first + 3 :])) == len(asked[first + 3 :])
+
+
+def test_the_drafter_that_helps_runs_alone_and_the_other_is_looked_at_now_and_then():
+    strategy = running(costs(0.02, draft=0.15), explore=8)
+    asked = [cycle(strategy, {1: 3}) for _ in range(60)][2:]
+    assert set(asked) == {(1,), (0, 1)}
+    looks = [i for i, a in enumerate(asked) if a == (0, 1)]
+    assert {b - a for a, b in pairwise(looks)} == {9}
+
+
+def test_a_change_of_topic_brings_the_other_drafter_back():
+    strategy = running(costs(0.02, draft=0.15), explore=8)
+    for _ in range(40):
+        cycle(strategy, {0: 3})
+    asked = [cycle(strategy, {1: 3}) for _ in range(30)]
+    assert next(i for i, a in enumerate(asked) if 1 in a) <= 3  # two misses, then all are asked
+    assert all(1 in a for a in asked[6:])
+
+
+def test_a_level_is_grown_if_it_is_likely_to_be_reached():
+    strategy = running(costs(0.01, draft=0.3))
+    strategy.drafters_to_run(2, [])
+    assert strategy.go_on(1, torch.tensor([[0.9, 0.05]]).log().expand(2, -1)) is False  # 0.6 s
+    cheap = running(costs(0.01, draft=0.05))
+    cheap.drafters_to_run(2, [])
+    assert cheap.go_on(1, torch.tensor([[0.9, 0.05]]).log())
+    assert not cheap.go_on(2, torch.tensor([[0.02, 0.01]]).log())
+
+
+@pytest.mark.parametrize("field", ["explore", "longest_pause"])
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True])
+def test_nonsense_is_refused(field, bad):
+    with pytest.raises(ValueError, match=f"`{field}` is {bad}"):
+        Auto(**{field: bad})
+
+
+def test_auto_is_what_several_drafters_get_unless_proposals_are_sampled():
+    several = tiny_drafters(2)
+    assert SpeculativeDecoding(several).strategy == Auto()
+    assert SpeculativeDecoding(several).tree == DynamicTree(*Auto.tree_limits)
+    fixed = DynamicTree(2, 2, 4)
+    assert SpeculativeDecoding(several, tree=fixed).tree is fixed
+    with pytest.raises(ValueError, match="choosing among them"):
+        SpeculativeDecoding(several, "auto", tree=ChainTree(2), verification="rejection")
+
+
+@pytest.mark.parametrize("draft", [0.0, 0.4, 9.0])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_whatever_is_assumed_to_cost_what_the_output_is_the_same(draft, do_sample):
+    target, drafters = tiny_target(), tiny_drafters(3)
+    expected = None
+    for table in (costs(0.3, draft, 3), costs(0.0, draft, 3)):
+        for settings in ({}, {"assistant_models": drafters, "strategy": Auto(costs=table)}):
+            torch.manual_seed(0)
+            found = target.generate(prompt(9), max_new_tokens=60, do_sample=do_sample, **settings)
+            expected = found if expected is None else expected
+            assert torch.equal(found, expected)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from taps_hf import ChainTree, DynamicTree
+from taps_hf.drafting import DrafterSession
+from taps_hf.stacking import kept_stack, stack, stacking_key
+
+from .tiny import prompt, tiny_drafters, tiny_target
+
+FAMILIES = ["llama", "qwen3", "gemma3_text"]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def context(family: str, length: int = 25) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = prompt(length + 1, seed=3)
+    features = tiny_target(family).base_model(ids).last_hidden_state[0]
+    return ids[0, 1:], features[:-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stack_computes_what_its_drafters_compute(family):
+    drafters = tiny_drafters(3, family)
+    width = drafters[0].config.hidden_size
+    embeds, features = torch.randn(2, 3, 7, width, generator=torch.Generator().manual_seed(0))
+    found = stack(drafters)(inputs_embeds=embeds, features=features).last_hidden_state
+    for drafter, row, e, f in zip(drafters, found, embeds, features):
+        alone = drafter(inputs_embeds=e[None], features=f[None]).last_hidden_state[0]
+        torch.testing.assert_close(row, alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("draft_vocab", [None, 6])
+@pytest.mark.parametrize("shape", [DynamicTree(4, 3, 12), ChainTree(3)])
+def test_drafters_run_as_one_grow_the_trees_they_grow_apart(family, draft_vocab, shape):
+    """Whoever is asked, and whoever sat out before."""
+    drafters = tiny_drafters(3, family, draft_vocab=draft_vocab)
+    target = tiny_target(family)
+    together = DrafterSession(drafters, target, range(3), 3, with_entropy=True)
+    apart = [DrafterSession([d], target, [i], 3, with_entropy=True) for i, d in enumerate(drafters)]
+    tokens, features = context(family)
+    rounds = [[0, 1, 2], [1], [2], [0, 2], [0, 1, 2]]
+    for asked, chunk in zip(rounds, torch.arange(len(tokens)).split(5)):
+        for session in (together, *apart):
+            session.observe(tokens[chunk], features[chunk])
+        root = tokens[chunk][-1:]
+        together.ask(asked)
+        trees = shape.grow(together, root, 4)
+        found = dict(zip(together.asked, trees))
+        assert len(trees) == (1 if len(asked) == 1 else 3)
+        for index in asked:
+            (tree,) = shape.grow(apart[index], root, 4)
+            assert torch.equal(found[index].tokens, tree.tokens)
+            assert torch.equal(found[index].parents, tree.parents)
+            for name in ("confidence", "path_confidence", "entropy"):
+                torch.testing.assert_close(
+                    getattr(found[index], name),
+                    getattr(tree, name),
+                    rtol=1e-3,
+                    atol=1e-5,
+                    equal_nan=True,
+                )
+
+
+def test_what_can_be_stacked():
+    one, two = tiny_drafters(2)
+    assert stacking_key(one) == stacking_key(two)
+    others = [
+        tiny_drafters(1, "qwen3")[0],
+        tiny_drafters(1, draft_vocab=6)[0],
+        tiny_drafters(1, dtype=torch.bfloat16)[0],
+    ]
+    assert len({stacking_key(drafter) for drafter in (one, *others)}) == 4
+
+
+def test_a_stack_is_made_once_and_again_when_a_weight_changes():
+    drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
+    first = kept_stack(drafters)
+    assert kept_stack(drafters) is first
+    drafters[1].fc.weight.mul_(2.0)
+    second = kept_stack(drafters)
+    assert second is not first
+    inputs = torch.randn(2, 2, 3, drafters[0].config.hidden_size)
+    found = second(inputs_embeds=inputs[0], features=inputs[1]).last_hidden_state[1]
+    alone = drafters[1](inputs_embeds=inputs[0][1:], features=inputs[1][1:]).last_hidden_state[0]
+    torch.testing.assert_close(found, alone)
+
+
+def test_a_stack_lives_no_longer_than_its_drafters():
+    from taps_hf import stacking
+
+    drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
+    kept = kept_stack(drafters)
+    count = len(stacking._kept)
+    del drafters, kept
+    gc.collect()
+    assert len(stacking._kept) == count - 1
