@@ -20,7 +20,8 @@ def accepted_length_chart(answer: Answer) -> alt.LayerChart:
         total += cycle.accepted_length
         rows.append({"cycle": number, "accepted": cycle.accepted_length, "mean": total / number})
     base = alt.Chart(alt.InlineData(values=rows)).encode(_cycles())
-    title, whole = "draft tokens accepted", alt.Axis(tickMinStep=1, format="d")
+    longest = max((row["accepted"] for row in rows), default=0)
+    title, whole = "draft tokens accepted", alt.Axis(values=list(range(longest + 1)), format="d")
     bars = base.mark_bar(color=palette.COLOURS[3]).encode(
         y=alt.Y("accepted:Q", title=title, axis=whole),
         tooltip=[alt.Tooltip("cycle:Q"), alt.Tooltip("accepted:Q", title="accepted")],

@@ -114,7 +114,7 @@ def _nodes(answer: Answer, cycle: CycleTrace) -> _Node:
             tip += status if status != "unreached" else "never looked at"
         else:
             tip += "the last token before this cycle, the root"
-        note = f"{max(confidence):.2f}".lstrip("0").replace(".00", "<.01") if i else ""
+        note = _confidence(max(confidence)) if i else ""
         node = _Node(
             _short(label), status, answer.look(by), note, tip, max(confidence, default=0.0), []
         )
@@ -211,6 +211,10 @@ def _box(node: _Node) -> str:
         f'<text x="{node.x + 8:.1f}" y="{node.y + 4.5:.1f}" xml:space="preserve">{marks}'
         f"{escape(node.text)}{note}</text></g>"
     )
+
+
+def _confidence(value: float) -> str:
+    return "<.01" if value < 0.005 else f"{value:.2f}".removeprefix("0")
 
 
 def _short(text: str) -> str:

@@ -47,6 +47,15 @@ def test_every_node_is_drawn_with_its_verdict(answer):
             assert max(marks) <= 3  # of two drafters, and the confidence
 
 
+def test_confidences_are_the_trees(answer):
+    for number, cycle in enumerate(answer.trace.cycles, start=1):
+        sure = cycle.tree.confidence[:, 1:].nan_to_num(nan=-1.0).amax(dim=0).tolist()
+        expected = ["<.01" if c < 0.005 else f"{c:.2f}".lstrip("0") for c in sure]
+        for svg in drawings(answer, number):
+            notes = [t.text for t in svg.iter(f"{SVG}tspan") if t.get("class") == "note"]
+            assert sorted(note for note in notes if note != "target") == sorted(expected)
+
+
 def test_no_node_covers_another_or_leaves_the_drawing(answer):
     for number in range(1, len(answer.trace.cycles) + 1):
         for svg in drawings(answer, number):
