@@ -7,6 +7,7 @@ from playwright.sync_api import Locator, Page
 from taps_hf.demo.prompts import EXAMPLES
 
 _PATIENCE = 60_000  # milliseconds: the machine may be busy with other things
+_WRITING = 600_000  # for as many answers as are compared
 
 
 class Visitor:
@@ -69,7 +70,8 @@ class Visitor:
         self.page.locator(f"{numbered}:not([data-number='{old}']) .tok").first.wait_for()
 
     def wait_for_the_end(self, of: str) -> None:
-        self.page.wait_for_function(f"document.querySelector('#stop-{of}').disabled")
+        ended = f"document.querySelector('#stop-{of}').disabled"
+        self.page.wait_for_function(ended, timeout=_WRITING)
 
     def answer(self) -> str:
         return self.page.locator("#answer .text").inner_text()
