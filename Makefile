@@ -4,9 +4,9 @@ VENV ?= .venv
 # A CPU build of torch is enough here; elsewhere bring your own: make quickstart TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-CHECKED := taps_hf tests examples benchmarks metrics
+CHECKED := taps_hf tests examples benchmarks metrics app.py
 
-.PHONY: install quickstart test test-fast test-oldest quality style clean
+.PHONY: install quickstart demo test test-fast test-oldest quality style clean
 
 # torch first and by itself, so that no other package chooses another build of it.
 $(VENV)/.installed: pyproject.toml
@@ -20,6 +20,9 @@ install: $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/python examples/quickstart.py
+
+demo: install
+	$(BIN)/python app.py
 
 test: install
 	$(BIN)/python -m pytest

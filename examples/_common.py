@@ -18,12 +18,15 @@ from transformers import (
 from transformers.utils import logging
 
 from taps_hf import EagleDrafter
-from taps_hf.embedded import load_embedded_target, load_embedded_tokenizer
+from taps_hf.embedded import (
+    EMBEDDED_DRAFTERS,
+    load_embedded_target,
+    load_embedded_tokenizer,
+)
 
 _HERE = Path(__file__).resolve().parent
 DRAFTERS = {
-    name: str(_HERE.parent / "hub_cards" / f"smollm2-135m-eagle2-{name}")
-    for name in ("math", "chat")
+    name: str(_HERE.parent / "hub_cards" / folder) for name, folder in EMBEDDED_DRAFTERS.items()
 }
 
 

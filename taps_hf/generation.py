@@ -6,7 +6,7 @@ all its usual preparation (inputs, cache, logits processors, stopping criteria) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,13 @@ from .modeling_eagle import EagleDrafter
 from .shapes import DynamicTree, TreeShape
 from .strategies import CycleOutcome, Strategy, get_strategy
 from .target import TargetSession
-from .trace import DraftTrace, SpeculativeDecoderOnlyOutput, Stopwatch, trace_cycle
+from .trace import (
+    CycleTrace,
+    DraftTrace,
+    SpeculativeDecoderOnlyOutput,
+    Stopwatch,
+    trace_cycle,
+)
 from .validation import (
     check_call,
     check_drafter,
@@ -46,8 +52,8 @@ class SpeculativeDecoding:
     extension of `generate`. The output is what plain `generate` gives (docs/architecture.md states
     for which dtypes and verifiers in what sense).
 
-    The object holds settings only and can serve several threads, except that a `streamer` belongs
-    to one call.
+    The object holds settings only and can serve several threads, except that a `streamer` and
+    `on_cycle` belong to one call.
 
     Args:
         assistant_models: a drafter, a list of them, or a dictionary from names to them.
@@ -57,8 +63,11 @@ class SpeculativeDecoding:
             larger.
         verification: "walk" (deterministic proposals; greedy or seed-exact sampling) or "rejection"
             (proposals sampled from the drafters; exact in distribution).
-        output_draft_trees: with `return_dict_in_generate`, keep every cycle's tree, with draft
-            entropies, in the trace.
+        output_draft_trees: with `return_dict_in_generate` or `on_cycle`, keep every cycle's tree,
+            with draft entropies, in the trace.
+        on_cycle: called with the [`CycleTrace`] of each cycle when it ends, in the thread that
+            generates: to show what happens while it does. What it raises ends the generation. Like
+            a streamer it belongs to one call.
         streamer: needed here only with `custom_generate=`, which does not hand on `generate`'s;
             give it to both.
         tokenizer: if given, drafters are checked to have been trained with its vocabulary.
@@ -76,6 +85,7 @@ class SpeculativeDecoding:
         output_draft_trees: bool = False,
         streamer: BaseStreamer | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        on_cycle: Callable[[CycleTrace], None] | None = None,
     ) -> None:
         self.drafters = named_drafters(assistant_models)
         if strategy is None:
@@ -87,7 +97,10 @@ class SpeculativeDecoding:
         self.verification = verification
         self.output_draft_trees = output_draft_trees
         self.streamer = streamer
+        self.on_cycle = on_cycle
         check_settings(self.drafters, self.strategy, self.tree, verification)
+        if on_cycle is not None and not callable(on_cycle):
+            raise ValueError(f"`on_cycle` is {on_cycle!r}, expected a function of a CycleTrace.")
         if tokenizer is not None:
             check_tokenizer(self.drafters, tokenizer)
 
@@ -130,7 +143,8 @@ class SpeculativeDecoding:
             sample_temperature = float(generation_config.temperature or 1.0) if do_sample else 1.0
         scores = () if as_dict and generation_config.output_scores else None
         raw_logits = () if as_dict and generation_config.output_logits else None
-        trace = DraftTrace(tuple(self.drafters)) if as_dict else None
+        recording = as_dict or self.on_cycle is not None
+        trace = DraftTrace(tuple(self.drafters)) if recording else None
 
         generator = TreeCandidateGenerator(
             model,
@@ -139,7 +153,7 @@ class SpeculativeDecoding:
             self.tree,
             generation_config.max_length,
             sample_temperature,
-            with_entropy=as_dict and self.output_draft_trees,
+            with_entropy=recording and self.output_draft_trees,
         )
         target = TargetSession(model, input_ids, generation_config, model_kwargs)
         try:
@@ -205,6 +219,8 @@ class SpeculativeDecoding:
                             self.output_draft_trees,
                         )
                     )
+                if self.on_cycle is not None:
+                    self.on_cycle(trace.cycles[-1])
         finally:
             target.release()
 

@@ -65,6 +65,27 @@ class CycleTrace:
         """Draft tokens accepted."""
         return len(self.path)
 
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """What became of each node of `tree`: "accepted", "rejected" or "unreached".
+
+        The root counts as accepted. A node is unreached if its parent was not accepted, or if the
+        generation ended there. Where a packing holds a path several times, the first is meant.
+
+        Raises:
+            ValueError: if the tree was not kept.
+        """
+        if self.tree is None:
+            raise ValueError("The cycle was traced without `output_draft_trees`.")
+        accepted = {0, *self.path}
+        walked = set(accepted)
+        if len(self.emitted) == len(self.path):  # ended by an accepted token: nobody looked below
+            walked.discard(self.path[-1] if self.path else 0)
+        return tuple(
+            "accepted" if node in accepted else "rejected" if parent in walked else "unreached"
+            for node, parent in enumerate(self.tree.parents.tolist())
+        )
+
 
 @dataclass
 class DraftTrace:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,3 +18,12 @@ def _one_thread():
 def _extension_is_on():
     yield
     taps_hf.enable()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--screenshots",
+        metavar="FOLDER",
+        type=Path,
+        help="write pictures of the demo's views there (with tests/demo)",
+    )

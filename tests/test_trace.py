@@ -58,6 +58,22 @@ def test_paths_and_origins_agree_with_the_trees(output):
         position += len(cycle.emitted)
 
 
+def test_verdicts_of_nodes(output):
+    for cycle in output.draft_trace.cycles:
+        path, parents = [0, *cycle.path], cycle.tree.parents.tolist()
+        for node, verdict in enumerate(cycle.verdicts):
+            if node in path:
+                assert verdict == "accepted"
+            elif parents[node] not in path:
+                assert verdict == "unreached"
+            elif len(cycle.emitted) > len(cycle.path):
+                assert verdict == "rejected"
+            else:  # the answer ended with an accepted token: below it nothing was decided
+                assert verdict == ("unreached" if parents[node] == path[-1] else "rejected")
+    with pytest.raises(ValueError, match="output_draft_trees"):
+        _ = taps_hf.CycleTrace((0,), 1, (), (), 0.1, 0.1, 0.1).verdicts
+
+
 def test_summary_figures(output):
     trace = output.draft_trace
     accepted = sum(len(cycle.path) for cycle in trace.cycles)
@@ -122,3 +138,36 @@ def test_packing_does_not_change_whose_a_token_is():
 def test_nothing_is_recorded_unless_asked_for():
     out = tiny_target().generate(prompt(), max_new_tokens=4, assistant_models=tiny_drafters(1))
     assert isinstance(out, torch.Tensor)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_on_cycle_sees_every_cycle_as_it_ends(enabled):
+    """With `return_dict_in_generate` or without, by either way in; trees on request."""
+    seen: list[taps_hf.CycleTrace] = []
+    settings = {"strategy": "merged", "tree": WIDE, "on_cycle": seen.append}
+    if enabled:
+        how = {"assistant_models": tiny_drafters(2), **settings, "output_draft_trees": True}
+    else:
+        taps_hf.disable()
+        how = {"custom_generate": taps_hf.SpeculativeDecoding(tiny_drafters(2), **settings)}
+    common = {"max_new_tokens": 20, "do_sample": False}
+    plain = tiny_target().generate(prompt(), **common)
+    ours = tiny_target().generate(prompt(), **common, **how)
+    assert torch.equal(plain, ours)
+    assert [t.token for cycle in seen for t in cycle.emitted] == ours[0, 9:].tolist()
+    assert all((cycle.tree is not None) == enabled for cycle in seen)
+    if enabled:
+        out = tiny_target().generate(prompt(), **common, **how, return_dict_in_generate=True)
+        assert seen[-len(out.draft_trace.cycles) :] == out.draft_trace.cycles
+
+
+def test_what_on_cycle_raises_ends_the_generation():
+    def stop(cycle):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        tiny_target().generate(
+            prompt(), max_new_tokens=20, assistant_models=tiny_drafters(1), on_cycle=stop
+        )
+    with pytest.raises(ValueError, match="`on_cycle` is 3, expected a function"):
+        taps_hf.SpeculativeDecoding(tiny_drafters(1), on_cycle=3)

@@ -1,0 +1,54 @@
+"""The command `python app.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio")
+pytest.importorskip("altair")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def app():
+    specification = importlib.util.spec_from_file_location("app", ROOT / "app.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "no/such/folder"], "The target could not be loaded from 'no/such/folder'"),
+        (["--drafters", "math"], "give each as NAME=PATH"),
+        (
+            ["--drafters", "math=no/such/folder"],
+            "Drafter 'math' could not be loaded",
+        ),
+        (["--device", "abacus"], "could not be loaded"),
+        (["--concurrency", "0"], "The limit concurrency is 0"),
+        (["--max-new-tokens", "-1"], "The limit new tokens is -1"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(app, tiny_spec, capsys, arguments, message):
+    """Before anything is served."""
+    models = [f"{name}={path}" for name, path in tiny_spec.drafters]
+    assert app.main(["--target", tiny_spec.target, "--drafters", *models, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_gradio_it_says_what_to_install():
+    program = "import sys; sys.modules['gradio'] = None; import app"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert 'pip install ".[demo]"' in done.stderr
+    assert "Traceback" not in done.stderr

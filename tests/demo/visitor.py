@@ -1,0 +1,91 @@
+"""What a person does with the page, in Chromium."""
+
+from __future__ import annotations
+
+from playwright.sync_api import Locator, Page
+
+from taps_hf.demo.prompts import EXAMPLES
+
+_PATIENCE = 60_000  # milliseconds: the machine may be busy with other things
+_WRITING = 600_000  # for as many answers as are compared
+
+
+class Visitor:
+    """Someone at the page. Notes every error in the browser's console."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.set_default_timeout(_PATIENCE)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(url)
+        self.button("generate").wait_for()
+
+    def button(self, name: str) -> Locator:
+        return self.page.locator(f"#{name}")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def ask(self, prompt: str | None = None, strategy: str | None = None, **numbers) -> None:
+        """Fill in the form; `numbers` by the sliders' labels, with _ for blanks."""
+        if prompt is not None:
+            self.page.locator("#prompt textarea").fill(prompt)
+        if strategy is not None:
+            self.page.locator("#strategy input").click()
+            self.page.get_by_role("option", name=strategy, exact=True).click()
+        if numbers and not self.page.locator("#seed").is_visible():
+            self.page.get_by_role("button", name="Temperature, length, trees").click()
+        for name, value in numbers.items():
+            self.number(name.replace("_", " "), value)
+
+    def example(self, name: str) -> None:
+        """Choose an example prompt, and wait until it is in the form."""
+        self.page.get_by_role("button", name=name).click()
+        self.page.wait_for_function(
+            "(text) => document.querySelector('#prompt textarea').value == text", arg=EXAMPLES[name]
+        )
+
+    def number(self, label: str, value: float) -> None:
+        if label == "Seed":
+            field = self.page.locator("#seed input")
+        else:
+            field = self.page.get_by_label(f"number input for {label}")
+        field.fill(str(value))
+        field.press("Tab")
+
+    def generate(self) -> str:
+        """Press the button and wait for the end; returns the answer."""
+        self.start("generate")
+        self.wait_for_the_end("generate")
+        return self.answer()
+
+    def start(self, what: str) -> None:
+        """Press "generate" or "compare", and wait until something is written."""
+        where = "#answer" if what == "generate" else "#comparison"
+        numbered = f"{where} [data-number]"
+        earlier = self.page.locator(numbered)
+        old = earlier.first.get_attribute("data-number") if earlier.count() else 0
+        self.button(what).click()
+        self.page.locator(f"{numbered}:not([data-number='{old}']) .tok").first.wait_for()
+
+    def wait_for_the_end(self, of: str) -> None:
+        ended = f"document.querySelector('#stop-{of}').disabled"
+        self.page.wait_for_function(ended, timeout=_WRITING)
+
+    def answer(self) -> str:
+        return self.page.locator("#answer .text").inner_text()
+
+    def figure(self, name: str) -> str:
+        return self.page.locator(f"#figures dd[data-figure='{name}']").inner_text()
+
+    def alert(self) -> str:
+        """The message about what is wrong with the input."""
+        found = self.page.get_by_role("alert").filter(visible=True).first
+        found.wait_for()
+        return found.inner_text()
+
+    def overflow(self) -> int:
+        """How many pixels the page is wider than the screen."""
+        root = "document.documentElement"
+        return self.page.evaluate(f"{root}.scrollWidth - {root}.clientWidth")
