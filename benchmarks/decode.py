@@ -247,15 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = [prompt for spec in options.prompts for prompt in read_prompts(spec)]
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, tokenizer = _load_target(options)
+    model, tokenizer = load_target(options.target, options.dtype, options.device)
     dtype = model.dtype
-    paths = dict(entry.partition("=")[::2] for entry in options.drafters)
-    drafters = {
-        name: EagleDrafter.from_pretrained(path, dtype=options.drafter_dtype)
-        .to(model.device)
-        .eval()
-        for name, path in paths.items()
-    }
+    drafters = load_drafters(options.drafters, options.drafter_dtype, model.device)
 
     filler = "\n\n".join(prompt.text for prompt in prompts)
 
@@ -341,13 +335,25 @@ def _tree(text: str) -> tuple[int, int, int]:
     return depth, top_k, num_nodes
 
 
-def _load_target(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
-    dtype = getattr(torch, options.dtype)
+def load_target(name: str | None, dtype: str, device: str) -> tuple[PreTrainedModel, Any]:
+    """A model and its tokenizer; None is the embedded one."""
     transformers.utils.logging.disable_progress_bar()
-    if options.target is None:
-        return load_embedded_target(dtype).to(options.device), load_embedded_tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype)
-    return model.to(options.device).eval(), AutoTokenizer.from_pretrained(options.target)
+    if name is None:
+        model = load_embedded_target(getattr(torch, dtype))
+        return model.to(device), load_embedded_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_drafters(
+    specs: Sequence[str], dtype: str, device: torch.device
+) -> dict[str, EagleDrafter]:
+    """Drafters by name from NAME=PATH."""
+    paths = dict(spec.partition("=")[::2] for spec in specs)
+    return {
+        name: EagleDrafter.from_pretrained(path, dtype=dtype).to(device).eval()
+        for name, path in paths.items()
+    }
 
 
 def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
@@ -373,7 +379,7 @@ def _settings(
         "temperature": options.temperature,
         "seed": options.seed,
         "context": options.context,
-        "hardware": _hardware(model.device),
+        "hardware": hardware(model.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -390,7 +396,8 @@ def _fingerprint(drafter: EagleDrafter) -> str:
     return digest.hexdigest()[:12]
 
 
-def _hardware(device: torch.device) -> str:
+def hardware(device: torch.device) -> str:
+    """What a device is, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()

@@ -162,7 +162,10 @@ class DrafterSession:
         entropy = probabilities = None
         if self.sample_temperature is not None:
             logits = logits / self.sample_temperature
-        normaliser = logits.logsumexp(dim=2, keepdim=True)
+        # Tokens e^80 times less likely than the likeliest add nothing to the sum, but as denormal
+        # numbers they would make a CPU take several times as long over it.
+        largest = logits.amax(dim=2, keepdim=True)
+        normaliser = logits.clamp(min=largest - 80.0).logsumexp(dim=2, keepdim=True)
         if self.with_entropy:
             entropy = normaliser[..., 0] - (logits.softmax(2) * logits).sum(2)
         if self.sample_temperature is None:

@@ -137,12 +137,15 @@ class DraftHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, n, scored) float32 from (B, n, hidden); with one drafter, any B."""
+        # Of a slice with three dimensions torch would make a batched product, and copy the weight.
+        flat = hidden.flatten(0, 1)
         if self.full is not None:
             weight = self.full.weight
-            return self.full(hidden.to(weight.device, weight.dtype)).to(self.device).float()
+            logits = self.full(flat.to(weight.device, weight.dtype)).to(self.device)
+            return logits.view(*hidden.shape[:2], -1).float()
         if len(self.weight) == 1:
             bias = None if self.bias is None else self.bias[0, 0]
-            return F.linear(hidden, self.weight[0], bias).float()
+            return F.linear(flat, self.weight[0], bias).view(*hidden.shape[:2], -1).float()
         logits = torch.bmm(hidden, self.weight.transpose(1, 2))
         return (logits if self.bias is None else logits + self.bias).float()
 

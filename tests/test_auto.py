@@ -130,6 +130,17 @@ def test_a_level_is_grown_if_it_is_likely_to_be_reached():
     assert not cheap.go_on(2, torch.tensor([[0.02, 0.01]]).log())
 
 
+def test_a_cycle_in_which_nobody_was_asked_teaches_nothing():
+    """The last one of a generation has no room for drafts, and no strategy is asked."""
+    strategy = running(costs(0.02))
+    for _ in range(5):
+        cycle(strategy, {0: 3})
+    before = (strategy._calibration._accepted.clone(), list(strategy._looks))
+    strategy.observe(CycleOutcome((), (), (1,)))
+    assert torch.equal(strategy._calibration._accepted, before[0])
+    assert list(strategy._looks) == before[1]
+
+
 @pytest.mark.parametrize("field", ["explore", "longest_pause"])
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True])
 def test_nonsense_is_refused(field, bad):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 
 import decode
+import parts
 import pytest
 import torch
 from prompts import Prompt, read_prompts
@@ -181,6 +183,24 @@ def test_main_fails_where_float32_differs(models, questions, monkeypatch, capsys
     command = [*models, "--max-new-tokens", "4", "--trees", "2,4,4", "--strategies", "single"]
     assert decode.main([*command, "--prompts", str(questions)]) == 1
     assert "6 of 6 answers differ" in capsys.readouterr().out
+
+
+def test_parts_are_timed(models, capsys):
+    assert parts.main([*models, "--rounds", "2", "--context", "20", "--tree", "2", "3", "6"]) == 0
+    table = capsys.readouterr().out
+    found = dict(re.findall(r"\| (.+?) \| ([\d.]+) \|", table))
+    assert float(found["target, 1 row"]) > 0
+    assert {"draft, 2 drafters one by one", "draft, 2 drafters as one", "merge"} <= set(found)
+    assert str(models[1]) not in table
+
+
+def test_the_drafter_that_scores_everything_drafts_alike():
+    (drafter,) = tiny_drafters(1, draft_vocab=6)
+    whole = parts.scoring_everything(drafter)
+    assert whole.draft_token_ids is None
+    x = torch.randn(2, 1, 4, 32)
+    with torch.no_grad():
+        assert torch.equal(whole(*x).last_hidden_state, drafter(*x).last_hidden_state)
 
 
 def test_first_difference():

@@ -90,10 +90,13 @@ class _Running(Strategy):
         self._deeper = 0.6  # share of cycles that accept a node more, given that they came so far
         self._nodes = 8.0  # verified nodes, on average
         self._levels = 3.0  # levels grown, on average
+        self._forget_cycle()
+
+    def _forget_cycle(self) -> None:
         self._asked: tuple[int, ...] = ()
-        self._grown = 1
-        self._union: DraftTree | None = None
-        self._verified = 0
+        self._grown = 1  # levels
+        self._union: DraftTree | None = None  # all that was proposed
+        self._verified = 0  # nodes of it
 
     @property
     def rate(self) -> float:
@@ -103,7 +106,6 @@ class _Running(Strategy):
     def drafters_to_run(
         self, num_drafters: int, history: Sequence[CycleOutcome]
     ) -> tuple[int, ...]:
-        self._asked, self._grown, self._union, self._verified = (), 1, None, 0
         if self._pause:
             self._pause -= 1
             return ()
@@ -152,6 +154,7 @@ class _Running(Strategy):
             self._learn(outcome)
         self._tokens = self._RATE_DECAY * self._tokens + len(outcome.tokens)
         self._seconds = self._RATE_DECAY * self._seconds + seconds
+        self._forget_cycle()  # the next one may end before anyone is asked
 
     def _learn(self, outcome: CycleOutcome) -> None:
         union, accepted = self._union, len(outcome.accepted)

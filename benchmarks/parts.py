@@ -1,0 +1,179 @@
+"""Times the parts of a cycle apart: passes of the target, drafting, composing.
+
+    python benchmarks/parts.py --dtype bfloat16
+
+Every part is run once a round, round after round; shown is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from decode import DRAFTERS, hardware, load_drafters, load_target
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from taps_hf import (
+    Auto,
+    Costs,
+    DraftCost,
+    DraftTree,
+    DynamicTree,
+    EagleDrafter,
+    GenerationContext,
+    merge,
+)
+from taps_hf.drafting import DrafterSession
+from taps_hf.target import TargetSession
+
+WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+
+
+def scoring_everything(drafter: EagleDrafter) -> EagleDrafter:
+    """The same drafter without its draft vocabulary."""
+    config = type(drafter.config)(**{**drafter.config.to_dict(), "draft_vocab_size": None})
+    whole = EagleDrafter._from_config(config, dtype=drafter.dtype)
+    state = {k: v for k, v in drafter.state_dict().items() if k != "draft_token_ids"}
+    whole.load_state_dict(state)
+    return whole.to(drafter.device).eval()
+
+
+class Drafting:
+    """Trees of some drafters in one context.
+
+    Args:
+        groups: drafters that run as one; groups run one after the other.
+        target: whose features they read.
+        tree: what is grown.
+        tokens: (n,) int64 and features (n, hidden): the context.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[EagleDrafter]],
+        target: PreTrainedModel,
+        tree: DynamicTree,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+    ) -> None:
+        count = sum(map(len, groups))
+        self.tree, self.new = tree, (tokens[-3:], features[-3:])
+        self.sessions, first = [], 0
+        for group in groups:
+            indices = range(first, first + len(group))
+            self.sessions.append(DrafterSession(group, target, indices, count))
+            self.sessions[-1].observe(tokens, features)
+            first += len(group)
+
+    def __call__(self) -> list[DraftTree]:
+        trees = []
+        for session in self.sessions:
+            session.observe(*self.new)
+            root = self.new[0][-1:].to(session.device)
+            grown = self.tree.grow(session, root, self.tree.depth)
+            trees += [tree.to(torch.device("cpu")) for tree in grown]
+        return trees
+
+
+def timed(
+    parts: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each part; the first round is not counted."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(rounds + 1):
+        for name, part in parts.items():
+            start = now()
+            part()
+            if number:
+                seconds[name].append(now() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", help="folder or Hub name (default: the embedded one)")
+    parser.add_argument("--drafters", nargs="+", default=DRAFTERS, metavar="NAME=PATH")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
+    parser.add_argument("--context", type=int, default=256, help="tokens before the root")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tree", nargs=3, type=int, default=[5, 8, 24])
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    target, _ = load_target(options.target, options.dtype, options.device)
+    drafters = list(load_drafters(options.drafters, options.dtype, target.device).values())
+    tree = DynamicTree(*options.tree)
+
+    vocabulary = target.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(options.context + 1, device=target.device) * 7 % vocabulary)[None]
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    session = TargetSession(target, ids, GenerationConfig(), {"past_key_values": cache})
+    context = session.prefill()
+
+    def draft(*groups: Sequence[EagleDrafter]) -> Drafting:
+        return Drafting(groups, target, tree, *context)
+
+    def verify(width: int) -> Callable[[], object]:
+        nodes = torch.ones(width, dtype=torch.long)
+        nodes[0] = 0
+        known = torch.ones(1, width)
+        star = DraftTree(ids[0, -1].cpu().expand(width), nodes - 1, nodes, known, known)
+
+        def run() -> None:
+            session.verify(star)
+            session.keep([])
+
+        return run
+
+    parts: dict[str, Callable[[], object]] = {
+        f"target, {width} row{'s' * (width > 1)}": verify(width) for width in WIDTHS
+    }
+    parts["draft, one drafter"] = draft(drafters[:1])
+    if drafters[0].draft_token_ids is not None:
+        whole = [scoring_everything(drafter) for drafter in drafters]
+        parts["draft, one drafter, full vocabulary"] = draft(whole[:1])
+    if len(drafters) > 1:
+        parts[f"draft, {len(drafters)} drafters one by one"] = draft(*([d] for d in drafters))
+        parts[f"draft, {len(drafters)} drafters as one"] = draft(drafters)
+        trees = draft(drafters)()
+        parts["merge"] = lambda: merge(trees)
+        each = (DraftCost(0.0, 0.0),)
+        free = Costs(((1, 1.0), (64, 2.0)), (tuple(range(len(drafters))),), each, each)
+        device = torch.device("cpu")
+        strategy = Auto(costs=free).begin(GenerationContext(len(drafters), device, lambda: free))
+
+        def compose() -> None:
+            strategy.drafters_to_run(len(drafters), [])
+            strategy.compose(dict(enumerate(trees)), [])
+
+        parts["merge, calibrate and choose (auto)"] = compose
+    found = timed(parts, options.rounds, target.device)
+    plain = found["target, 1 row"]
+    print(
+        f"{options.dtype}, {options.context} tokens of context, trees {tree}, median of "
+        f"{options.rounds} rounds; {hardware(target.device)}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}\n\n| part | ms | x plain step |\n| --- | --- | --- |"
+    )
+    for name, seconds in found.items():
+        print(f"| {name} | {seconds * 1e3:.2f} | {seconds / plain:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
