@@ -30,8 +30,10 @@ from tests.tiny import FAMILIES, VOCAB, prompt, tiny_drafters, tiny_target
 WIDE = taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30)
 
 
-def speculative(**kwargs) -> dict:
-    return {"assistant_models": tiny_drafters(2), "tree": WIDE, **kwargs}
+def speculative(family: str = "llama", **kwargs) -> dict:
+    """Not the default strategy: whether that one drafts depends on times."""
+    drafters = tiny_drafters(2, family)
+    return {"assistant_models": drafters, "strategy": "merged", "tree": WIDE, **kwargs}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def test_beyond_the_maximum_positions_goes_on_like_plain_generate():
 def test_the_returned_cache_is_plain_generates(family: str):
     target = tiny_target(family)
     outs = []
-    for extra in ({}, {"assistant_models": tiny_drafters(2, family), "tree": WIDE}):
+    for extra in ({}, speculative(family)):
         outs.append(
             target.generate(
                 prompt(), max_new_tokens=22, do_sample=False, return_dict_in_generate=True, **extra
@@ -186,7 +188,7 @@ def test_the_returned_cache_is_plain_generates(family: str):
 @pytest.mark.parametrize("first_turn", ["plain", "speculative"])
 def test_a_cache_from_an_earlier_turn(family: str, only_new: bool, first_turn: str):
     target = tiny_target(family)
-    extra = {"assistant_models": tiny_drafters(2, family), "tree": WIDE}
+    extra = speculative(family)
     first = target.generate(
         prompt(),
         max_new_tokens=12,
@@ -229,7 +231,7 @@ def test_a_cache_made_without_a_config():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunked_prefill(family: str):
-    extra = {"assistant_models": tiny_drafters(2, family), "tree": WIDE}
+    extra = speculative(family)
     common = {"max_new_tokens": 15, "do_sample": False}
     plain = tiny_target(family).generate(prompt(31), **common)
     ours = tiny_target(family).generate(prompt(31), prefill_chunk_size=7, **common, **extra)
@@ -347,7 +349,7 @@ def test_an_error_in_the_middle_gives_the_cache_back(family: str):
 
     target = tiny_target(family)
     caches = []
-    for extra in ({}, {"assistant_models": tiny_drafters(2, family), "tree": WIDE}):
+    for extra in ({}, speculative(family)):
         caches.append(DynamicCache(config=target.config))
         with pytest.raises(RuntimeError, match="listener"):
             target.generate(
@@ -394,5 +396,5 @@ def test_masks_with_holes_and_right_padding(family: str, hidden: list[int]):
     mask[0, hidden] = 0
     common = {"attention_mask": mask, "max_new_tokens": 15, "do_sample": False}
     plain = tiny_target(family).generate(prompt(), **common)
-    extra = {"assistant_models": tiny_drafters(2, family), "tree": WIDE}
+    extra = speculative(family)
     assert torch.equal(plain, tiny_target(family).generate(prompt(), **common, **extra))

@@ -154,6 +154,7 @@ def test_something_is_accepted(family: str):
         max_new_tokens=40,
         do_sample=True,
         assistant_models=tiny_drafters(2, family),
+        strategy="merged",
         tree=WIDE,
         return_dict_in_generate=True,
     )
@@ -226,6 +227,7 @@ def test_processors_are_called_once_a_token_in_order():
         prompt(),
         logits_processor=LogitsProcessorList([mine]),
         assistant_models=tiny_drafters(),
+        strategy="merged",
         tree=WIDE,
         **common,
     )
@@ -247,9 +249,10 @@ class StopAfterPair(StoppingCriteria):
 def test_stopping_criteria_in_the_middle_of_a_path():
     target = tiny_target()
     free = target.generate(prompt(), max_new_tokens=40, do_sample=False)[0, 9:].tolist()
+    drafted = {"assistant_models": tiny_drafters(), "strategy": "merged", "tree": WIDE}
     for at in range(2, 30, 3):  # some of these stop between two accepted tokens
         results = []
-        for extra in ({}, {"assistant_models": tiny_drafters(), "tree": WIDE}):
+        for extra in ({}, drafted):
             criterion = StopAfterPair((free[at - 1], free[at]))
             criteria = StoppingCriteriaList([criterion, MaxLengthCriteria(45)])
             out = target.generate(
@@ -269,7 +272,12 @@ def test_low_precision_and_mixed_dtypes(dtypes):
     drafters = tiny_drafters(2, "llama", drafter_dtype)
     plain = target.generate(prompt(), max_new_tokens=20, do_sample=False)
     ours = target.generate(
-        prompt(), max_new_tokens=20, do_sample=False, assistant_models=drafters, tree=WIDE
+        prompt(),
+        max_new_tokens=20,
+        do_sample=False,
+        assistant_models=drafters,
+        strategy="merged",
+        tree=WIDE,
     )
     assert ours.shape == plain.shape
     if target_dtype == torch.float32:

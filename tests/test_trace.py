@@ -93,7 +93,11 @@ def test_summary_figures(output):
 
 def test_trees_and_entropies_only_on_request():
     out = tiny_target().generate(
-        prompt(), max_new_tokens=12, assistant_models=tiny_drafters(2), return_dict_in_generate=True
+        prompt(),
+        max_new_tokens=12,
+        assistant_models=tiny_drafters(2),
+        strategy="merged",
+        return_dict_in_generate=True,
     )
     assert all(cycle.tree is None for cycle in out.draft_trace.cycles)
     assert all(token.entropy == () for token in out.draft_trace.emitted)
