@@ -22,7 +22,7 @@ from .target import TargetSession
 from .tree import DraftTree
 
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_PAST = 64  # tokens before the root while measuring
+_PAST = 64  # tokens before the root while measuring, unless the target takes fewer
 _SECONDS = 1.2  # after warming up; one pass of each kind is made even if that takes longer
 
 _Key = TypeVar("_Key")
@@ -123,9 +123,12 @@ def measure_costs(
 def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: TreeShape) -> Costs:
     device = target.get_input_embeddings().weight.device
     vocabulary = target.get_input_embeddings().weight.shape[0]
+    config = target.config.get_text_config(decoder=True)
+    # Well within the target's positions: beyond them some keep other rotary frequencies for good.
+    past = min(_PAST, (getattr(config, "max_position_embeddings", None) or 2 * _PAST) // 2)
     # Any tokens do: what a pass costs does not depend on them.
-    ids = (torch.arange(_PAST + 1, device=device) % vocabulary)[None]
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    ids = (torch.arange(past + 1, device=device) % vocabulary)[None]
+    cache = DynamicCache(config=config)
     session = TargetSession(target, ids, GenerationConfig(), {"past_key_values": cache})
     tokens, features = session.prefill()
     groups = groups_of(drafters)

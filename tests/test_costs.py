@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from taps_hf import Costs, DraftCost, DynamicTree, measure_costs
 from taps_hf.costs import _WIDTHS
@@ -45,6 +48,17 @@ def test_measured_once_for_models_and_threads_until_refreshed():
     assert measure_costs(target, [drafters[1], drafters[0], drafters[2]], TREE) is costs
     assert measure_costs(target, drafters[:1], TREE) is not costs
     assert measure_costs(target, drafters, TREE, refresh=True) is not costs
+
+
+def test_measuring_stays_within_the_targets_positions():
+    """Dynamic rotary frequencies would change with the first longer sequence, and stay changed."""
+    config = copy.deepcopy(tiny_target().config)
+    config.max_position_embeddings = 30
+    config.rope_parameters = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}
+    target = AutoModelForCausalLM.from_config(config).eval()
+    before = target.model.rotary_emb.inv_freq.clone()
+    measure_costs(target, tiny_drafters(2), TREE)
+    assert torch.equal(target.model.rotary_emb.inv_freq, before)
 
 
 def test_measuring_changes_nothing_that_is_generated():
