@@ -8,7 +8,6 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -67,10 +66,9 @@ class Costs:
         (x0, y0), (x1, y1) = points[i], points[i + 1]
         return max(y0 + (rows - x0) * (y1 - y0) / (x1 - x0), 0.0)
 
-    @cached_property
-    def by_rows(self) -> torch.Tensor:
-        """(512,) float32: entry n is the pass over n + 1 rows."""
-        return torch.tensor([self.target_seconds(rows) for rows in range(1, 513)])
+    def up_to(self, rows: int) -> torch.Tensor:
+        """(rows,) float32: entry n is a pass over n + 1 rows."""
+        return torch.tensor([self.target_seconds(n) for n in range(1, rows + 1)])
 
     def draft(self, asked: Sequence[int]) -> DraftCost:
         """Of the drafters asked, one group after the other."""

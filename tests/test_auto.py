@@ -78,6 +78,13 @@ def test_the_nodes_verified_are_those_with_the_largest_net_gain():
         assert sorted(kept.tolist(), reverse=True) == pytest.approx(paths[: len(tree) - 1])
 
 
+def test_trees_may_be_larger_than_any_that_was_measured():
+    strategy = running(costs(0.0))
+    strategy.drafters_to_run(2, [])
+    trees = {i: chain(i, [0.99] * 200) for i in range(2)}
+    assert len(strategy.compose(trees, []).tree) == 401
+
+
 def test_free_drafts_are_taken_and_dear_ones_are_not():
     free, dear = running(costs(0.0)), running(costs(0.01, draft=5.0))
     assert all(cycle(free, {0: 3, 1: 3}) for _ in range(50))

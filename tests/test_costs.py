@@ -20,7 +20,7 @@ def test_passes_are_interpolated_between_and_beyond_what_was_measured():
     )
     for rows, seconds in [(1, 10), (2, 12), (4, 16), (5, 21), (8, 36), (10, 46)]:
         assert costs.target_seconds(rows) == pytest.approx(seconds)
-        assert float(costs.by_rows[rows - 1]) == pytest.approx(seconds)
+        assert float(costs.up_to(12)[rows - 1]) == pytest.approx(seconds)
     assert Costs(((1, 3.0),), (), (), ()).target_seconds(9) == 3.0
 
 

@@ -85,6 +85,7 @@ class _Running(Strategy):
         self._since_look = 0  # cycles with a draft since the last of these
         self._pause, self._next_pause = 0, 4  # plain steps left; in the next pause
         self._misses = 0  # cycles running in which the chosen drafters brought nothing
+        self._passes = costs.up_to(128)  # by number of rows; grows with the trees
         self._plain = costs.target_seconds(1)
         self._tokens, self._seconds = 2.0, 2.0 * self._plain
         self._deeper = 0.6  # share of cycles that accept a node more, given that they came so far
@@ -138,7 +139,9 @@ class _Running(Strategy):
         union = merge(list(trees.values()))
         probability = self._calibration.acceptance(union)
         order = torch.sort(probability[1:], descending=True, stable=True)
-        seconds = self.costs.by_rows[: len(union)]
+        if len(union) > len(self._passes):
+            self._passes = self.costs.up_to(2 * len(union))
+        seconds = self._passes[: len(union)]
         gain = torch.cat([torch.zeros(1), order.values.cumsum(0)]) - self.rate * seconds
         self._verified = int(gain.argmax())
         kept = (order.indices[: self._verified] + 1).sort().values
