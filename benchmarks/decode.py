@@ -30,13 +30,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import taps_hf
 from taps_hf import Auto, Confidence, DynamicTree, EagleDrafter, Merged, Single, Strategy
-from taps_hf.embedded import load_embedded_target, load_embedded_tokenizer
+from taps_hf.embedded import (
+    EMBEDDED_DRAFTERS,
+    load_embedded_target,
+    load_embedded_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [str(ROOT / "examples" / "prompts" / f"{kind}.jsonl") for kind in ("math", "chat")]
-DRAFTERS = [
-    f"{name}={ROOT / 'hub_cards' / f'smollm2-135m-eagle2-{name}'}" for name in ("math", "chat")
-]
+DRAFTERS = [f"{name}={ROOT / 'hub_cards' / folder}" for name, folder in EMBEDDED_DRAFTERS.items()]
 STRATEGIES = (
     "auto",
     "prompt-lookup",

@@ -124,15 +124,13 @@ class _Running(Strategy):
         return self._asked
 
     def go_on(self, depth: int, log_path: torch.Tensor) -> bool:
-        self._grown = depth + 1
         if self._reads_levels:
             reach = min(float(log_path.exp().sum(dim=1).amax()), 1.0)
         else:  # reading a level back would make the device wait: by what was so far
             reach = self._deeper**depth
         cost = self.costs.draft(self._asked).level + self._marginal()
         worth = reach * self._deeper > self.rate * cost
-        if not worth:
-            self._grown = depth
+        self._grown = depth + worth
         return worth
 
     def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
