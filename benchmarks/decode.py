@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from taps_hf.embedded import (
     load_embedded_target,
     load_embedded_tokenizer,
 )
+from taps_hf.trace import first_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [str(ROOT / "examples" / "prompts" / f"{kind}.jsonl") for kind in ("math", "chat")]
@@ -193,11 +193,6 @@ def _counted_passes(model: PreTrainedModel) -> Iterator[list[None]]:
         yield passes
     finally:
         handle.remove()
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first token in which two answers differ; None if they are equal."""
-    return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
 
 
 def run(

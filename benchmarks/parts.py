@@ -130,10 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Drafting(groups, target, tree, *context)
 
     def verify(width: int) -> Callable[[], object]:
-        nodes = torch.ones(width, dtype=torch.long)
-        nodes[0] = 0
-        known = torch.ones(1, width)
-        star = DraftTree(ids[0, -1].cpu().expand(width), nodes - 1, nodes, known, known)
+        star = DraftTree.star(ids[0, -1:].cpu(), width - 1)
 
         def run() -> None:
             session.verify(star)

@@ -132,8 +132,8 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
     groups = groups_of(drafters)
 
     runs: dict[tuple, Callable[[], None]] = {}
-    for width in _widths(session, ids[0, -1], tree.num_nodes * len(drafters) + 1):
-        runs["target", width] = _target_run(session, ids[0, -1], width)
+    for width in _widths(session, ids[0, -1:], tree.num_nodes * len(drafters) + 1):
+        runs["target", width] = _target_run(session, ids[0, -1:], width)
     for number, group in enumerate(groups):
         for asked in {group[:1], group}:
             for depth in (1, 3):
@@ -173,11 +173,7 @@ def _widths(session: TargetSession, token: torch.Tensor, most: int) -> list[int]
 
 
 def _target_run(session: TargetSession, token: torch.Tensor, width: int) -> Callable[[], None]:
-    # A root with leaves: what a pass costs depends on the number of nodes only.
-    depths = torch.ones(width, dtype=torch.long)
-    depths[0] = 0
-    known = torch.ones(1, width)
-    tree = DraftTree(token.cpu().expand(width), depths - 1, depths, known, known)
+    tree = DraftTree.star(token.cpu(), width - 1)
 
     def run() -> None:
         session.verify(tree)

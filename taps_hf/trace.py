@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -253,3 +255,8 @@ def trace_cycle(
         # Without the distributions behind sampled trees: a row of the vocabulary for each node.
         tree=replace(tree, proposals=None) if keep_tree else None,
     )
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first token in which two answers differ; None if they are equal."""
+    return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)

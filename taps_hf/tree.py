@@ -65,6 +65,14 @@ class DraftTree:
         ones = torch.ones(num_drafters, 1, device=token.device)
         return cls(token, zero - 1, zero, ones, ones)
 
+    @classmethod
+    def star(cls, token: torch.Tensor, leaves: int) -> DraftTree:
+        """A root and its children, all one token (1,): as good as any tree to time a pass with."""
+        depths = torch.ones(leaves + 1, dtype=torch.long, device=token.device)
+        depths[0] = 0
+        ones = torch.ones(1, leaves + 1, device=token.device)
+        return cls(token.expand(leaves + 1), depths - 1, depths, ones, ones)
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 

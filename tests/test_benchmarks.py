@@ -204,12 +204,6 @@ def test_the_drafter_that_scores_everything_drafts_alike():
         assert torch.equal(whole(*x).last_hidden_state, drafter(*x).last_hidden_state)
 
 
-def test_first_difference():
-    assert decode.first_difference([1, 2], [1, 2]) is None
-    assert decode.first_difference([1, 2], [1, 3]) == 1
-    assert decode.first_difference([1, 2], [1, 2, 3]) == 2
-
-
 def test_prompts_are_spread_over_the_file(questions):
     assert [p.text for p in read_prompts(str(questions))] == ["t5 t0", "t5 t1", "t6"]
     assert [p.line for p in read_prompts(f"{questions}:2")] == [1, 2]

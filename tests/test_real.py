@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import taps_hf
-from taps_hf.embedded import load_embedded_target, load_embedded_tokenizer
+from taps_hf.embedded import EMBEDDED_DRAFTERS, load_embedded_target, load_embedded_tokenizer
 
 pytestmark = pytest.mark.real
 CARDS = Path(__file__).resolve().parent.parent / "hub_cards"
-FOLDERS = {name: CARDS / f"smollm2-135m-eagle2-{name}" for name in ("math", "chat")}
 QUESTIONS = {
     "math": "A baker fills 6 trays with 12 rolls each and sells 50 rolls. How many are left?",
     "chat": "My neighbour is moving away next week. What could I write on a farewell card?",
@@ -28,8 +27,8 @@ def target():
 @pytest.fixture(scope="module")
 def drafters():
     return {
-        name: taps_hf.EagleDrafter.from_pretrained(folder, dtype=torch.float32).eval()
-        for name, folder in FOLDERS.items()
+        name: taps_hf.EagleDrafter.from_pretrained(CARDS / folder, dtype=torch.float32).eval()
+        for name, folder in EMBEDDED_DRAFTERS.items()
     }
 
 
@@ -100,15 +99,15 @@ def test_drafters_know_their_tokenizer(drafters, tokenizer):
         assert drafter.config.tokenizer_fingerprint == taps_hf.tokenizer_fingerprint(tokenizer)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_folders_are_ready_for_the_hub(name):
+@pytest.mark.parametrize("folder", EMBEDDED_DRAFTERS.values())
+def test_folders_are_ready_for_the_hub(folder):
     """Configuration, weights, card; nothing else. The card has a licence and the measurement."""
-    assert {f.name for f in FOLDERS[name].iterdir()} == {
+    assert {f.name for f in (CARDS / folder).iterdir()} == {
         "README.md",
         "config.json",
         "model.safetensors",
     }
-    card = (FOLDERS[name] / "README.md").read_text()
+    card = ((CARDS / folder) / "README.md").read_text()
     assert card.startswith("---\n")
     assert "license: apache-2.0" in card
     assert "benchmarks/decode.py" in card

@@ -9,6 +9,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import taps_hf
+from taps_hf.trace import first_difference
 from tests.tiny import prompt, tiny_drafters, tiny_target
 
 WIDE = taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30)
@@ -175,3 +176,10 @@ def test_what_on_cycle_raises_ends_the_generation():
         )
     with pytest.raises(ValueError, match="`on_cycle` is 3, expected a function"):
         taps_hf.SpeculativeDecoding(tiny_drafters(1), on_cycle=3)
+
+
+def test_first_difference():
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2], [1, 3]) == 1
+    assert first_difference([1, 2], [1]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2

@@ -142,9 +142,3 @@ def token_label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     if not text or "\ufffd" in text:
         return tokenizer.convert_ids_to_tokens(token)
     return text.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u21e5")
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first token in which two answers differ; None if they are equal."""
-    pairs = enumerate(itertools.zip_longest(a, b))
-    return next((i for i, (x, y) in pairs if x != y), None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from html import escape
 
-from ..trace import EmittedToken
+from ..trace import EmittedToken, first_difference
 from . import palette
-from .answer import Answer, first_difference
+from .answer import Answer
 
 _WRITING = "being written\u2026"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 
 import torch
 from transformers import PreTrainedModel
 
 from ..modeling_eagle import EagleDrafter
+from ..trace import first_difference
 from .measurements import Cycles
 from .records import Record, RecordOptions, generate_seeded, seed_of
 from .variants import Variant
@@ -82,9 +82,7 @@ def run_live(
                 overlap=nothing,
                 seconds=seconds[variant],
                 plain_seconds=seconds[None],
-                differs_at=next(
-                    (i for i, (a, b) in enumerate(zip_longest(recorded, answer)) if a != b), None
-                ),
+                differs_at=first_difference(recorded, answer),
             )
         )
     return rows

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from taps_hf.demo.answer import Answer, first_difference, token_label
+from taps_hf.demo.answer import Answer, token_label
 from taps_hf.demo.decoding import Update
 from taps_hf.demo.models import load_models
 from taps_hf.demo.settings import PLAIN, Variant
@@ -91,9 +91,3 @@ def test_updates_without_tokens_are_signs_of_life(request_of):
     answer = Answer(request_of(), PLAIN, threading.Event())
     answer._add(Update(0.5))
     assert (answer.tokens, answer.seconds) == ([], 0.5)
-
-
-def test_first_difference():
-    assert first_difference([1, 2], [1, 2]) is None
-    assert first_difference([1, 2], [1, 3]) == 1
-    assert first_difference([1, 2], [1]) == 1
