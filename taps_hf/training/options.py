@@ -37,6 +37,7 @@ class TrainOptions:
     chat_template: str | None = _option(None, "file to use instead of the tokenizer's template")
     data: list[str] = _option([], "files of JSON lines or Hub data sets: NAME, NAME:ROWS, NAME:N%%")
     out: str = _option("", "folder to write the drafter to")
+    license: str | None = _option(None, "of the drafter, named in its card (as the Hub names it)")
     objective: str = _option("eagle", "eagle or hass, as published")
     init_from: str | None = _option(None, "drafter to start from (HASS starts from EAGLE's)")
     start: str = _option("random", "projection of a new drafter: random, or least_squares")

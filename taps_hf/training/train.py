@@ -13,11 +13,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..configuration_eagle import tokenizer_fingerprint
 from ..modeling_eagle import EagleDrafter
 from ..validation import check_drafter, check_tokenizer
+from .card import model_card, provenance
 from .conversations import DataReport, DataSource, SourceRow, digest_of, read_mixture
 from .encoding import Example, encode_rows
 from .features import FeatureStore, features_of, fill_store
@@ -31,7 +33,7 @@ from .trainer import DrafterTrainer, ExampleDataset, coverage, frequent_tokens
 
 
 def train(options: TrainOptions) -> dict[str, float]:
-    """Train a drafter and write it to `options.out`, in bfloat16.
+    """Train a drafter and write it to `options.out`, in bfloat16, with a model card.
 
     Checkpoints lie beside it, in `<out>.checkpoints`; a run that was stopped goes on from the last
     one if it is started with the same options.
@@ -102,9 +104,15 @@ def train(options: TrainOptions) -> dict[str, float]:
     kept = ("top_1", "accepted_length", "chains")
     measured = {k: v for k, v in measured.items() if k.endswith(kept)}
     if arguments.process_index == 0:
-        _save(drafter, out)
-        record = {"options": asdict(options), "measured": measured, "examples": len(examples)}
-        _write_json(work / "training.json", {**record, "answer_tokens": scored})
+        record = {
+            "options": asdict(options),
+            "measured": measured,
+            "examples": len(examples),
+            "answer_tokens": scored,
+            "provenance": provenance(arguments.device),
+        }
+        _save(drafter, model_card(drafter, record), out)
+        _write_json(work / "training.json", record)
         say(f"wrote {options.out}: " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
     return measured
 
@@ -177,7 +185,8 @@ def _remember(options: TrainOptions, processes: int, data: str, work: Path) -> N
     """
     file = work / "options.json"
     asked = asdict(options)
-    del asked["threads"]  # may differ from run to run
+    for name in ("threads", "license"):  # may differ from run to run
+        del asked[name]
     asked |= {"processes": processes, "rows": data}
     if file.exists():
         begun = json.loads(file.read_text())
@@ -320,10 +329,11 @@ def _stores(
     return stores
 
 
-def _save(drafter: EagleDrafter, out: Path) -> None:
+def _save(drafter: EagleDrafter, card: ModelCard, out: Path) -> None:
     """Write the folder whole: it is made elsewhere and then takes its name."""
     temporary, old = (out.with_name(out.name + ending) for ending in (".tmp", ".old"))
     drafter.to(torch.bfloat16).save_pretrained(temporary)
+    card.save(temporary / "README.md")
     if out.exists():
         out.rename(old)
     temporary.rename(out)

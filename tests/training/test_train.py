@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from taps_hf import EagleDrafter
@@ -90,6 +91,7 @@ def test_training_writes_a_drafter_that_got_better(options, folder, objective, c
     assert len(drafter.draft_token_ids) == 12
     assert drafter.dtype == torch.bfloat16
     assert sorted(file.name for file in Path(options.out).iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -108,6 +110,7 @@ def test_training_writes_a_drafter_that_got_better(options, folder, objective, c
     assert {k.rpartition(".jsonl_")[0] for k in measured} == {"math", "chat"}
     record = json.loads((work / "training.json").read_text())
     assert record["measured"] == measured
+    assert ModelCard.load(f"{options.out}/README.md").data.tags[1] == drafter.config.backbone
     said = capsys.readouterr().out
     assert "60 rows used" in said
     assert "draft vocabulary of 12: " in said
