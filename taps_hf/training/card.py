@@ -83,8 +83,8 @@ head, and scores {scored:,} of the target's {config.vocab_size:,} tokens.
 
 ## Measured on held-out rows
 
-Top-1: how often the likeliest token is the next one. Accepted length: of drafts of
-{options["eval_depth"]} tokens, replayed at every position.
+Of drafts of {options["eval_depth"]} tokens, replayed at every position. Top-1: how often the first
+token is right; deep acceptance: how often the last one is, of the drafts right until there.
 
 {_measured(record["measured"])}
 """
@@ -110,8 +110,10 @@ def _public(source: str) -> str:
 
 def _measured(measured: dict[str, float]) -> str:
     sources = [name.removesuffix("_top_1") for name in measured if name.endswith("_top_1")]
-    lines = ["| source | top-1 | accepted length |", "| --- | --- | --- |"]
+    lines = ["| source | top-1 | deep acceptance | accepted length |", "| --- | --- | --- | --- |"]
     for name in sources:
-        top_1, length = measured[f"{name}_top_1"], measured[f"{name}_accepted_length"]
-        lines.append(f"| {name} | {top_1:.3f} | {length:.2f} |")
+        top_1, deep, length = (
+            measured[f"{name}_{kind}"] for kind in ("top_1", "deep_acceptance", "accepted_length")
+        )
+        lines.append(f"| {name} | {top_1:.3f} | {deep:.3f} | {length:.2f} |")
     return "\n".join(lines)

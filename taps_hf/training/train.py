@@ -101,7 +101,7 @@ def train(options: TrainOptions) -> dict[str, float]:
     measured: dict[str, float] = {}
     for name, dataset in trainer.eval_dataset.items():
         measured |= trainer.evaluate(dataset, metric_key_prefix=name)
-    kept = ("top_1", "accepted_length", "chains")
+    kept = ("top_1", "deep_acceptance", "accepted_length", "chains")
     measured = {k: v for k, v in measured.items() if k.endswith(kept)}
     if arguments.process_index == 0:
         record = {

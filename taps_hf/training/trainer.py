@@ -120,11 +120,18 @@ class DrafterTrainer(Trainer):
 
 
 def measures_of(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 agreement and accepted length out of the counts of [`objectives.replay`]."""
+    """What the counts of [`objectives.replay`] say about drafts.
+
+    Returns:
+        `top_1`: how often the first token was right; `deep_acceptance`: how often the last one was
+        of the drafts that were right until there (far below top-1 where predicted features are
+        poor); `accepted_length`; and of how many `chains`.
+    """
     counts = torch.as_tensor(prediction.predictions).double().sum(dim=0)
     chains = max(counts[0].item(), 1.0)
     return {
         "top_1": counts[1].item() / chains,
+        "deep_acceptance": counts[-1].item() / max(counts[-2].item(), 1.0),
         "accepted_length": counts[1:].sum().item() / chains,
         "chains": counts[0].item(),
     }

@@ -29,7 +29,11 @@ def card_of(tmp_path, target=None, **changes):
     drafter.config.target_name_or_path = target
     record = {
         "options": asdict(options),
-        "measured": {"math.jsonl_top_1": 0.5, "math.jsonl_accepted_length": 1.25},
+        "measured": {
+            "math.jsonl_top_1": 0.5,
+            "math.jsonl_deep_acceptance": 0.75,
+            "math.jsonl_accepted_length": 1.25,
+        },
         "examples": 95,
         "answer_tokens": 1234,
         "provenance": provenance(torch.device("cpu")),
@@ -44,7 +48,7 @@ def test_what_others_need_is_there_and_folders_are_not(tmp_path):
     assert {"eagle2", "taps-hf"} <= set(card.data.tags)
     assert "scores 6 of the target's 16 tokens" in card.text
     assert "1,234 tokens" in card.text
-    assert "| math.jsonl | 0.500 | 1.25 |" in card.text
+    assert "| math.jsonl | 0.500 | 0.750 | 1.25 |" in card.text
     assert torch.__version__ in card.text
     assert str(tmp_path) not in card.content
 
