@@ -8,6 +8,7 @@ Every part is run once a round, round after round; shown is the median over roun
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -35,11 +36,9 @@ WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 def scoring_everything(drafter: EagleDrafter) -> EagleDrafter:
     """The same drafter without its draft vocabulary."""
-    config = type(drafter.config)(**{**drafter.config.to_dict(), "draft_vocab_size": None})
-    whole = EagleDrafter._from_config(config, dtype=drafter.dtype)
-    state = {k: v for k, v in drafter.state_dict().items() if k != "draft_token_ids"}
-    whole.load_state_dict(state)
-    return whole.to(drafter.device).eval()
+    whole = copy.deepcopy(drafter)
+    whole.score_only(None)
+    return whole
 
 
 class Drafting:

@@ -57,12 +57,10 @@ def average_drafters(
             )
     average = copy.deepcopy(first)
     scored = [drafter.draft_token_ids for drafter in drafters]
-    average.draft_token_ids = None
-    if all(ids is not None for ids in scored):
-        average.draft_token_ids = torch.cat([ids.to(first.device) for ids in scored]).unique()
-        average.config.draft_vocab_size = len(average.draft_token_ids)
-    else:
-        average.config.draft_vocab_size = None
+    all_known = all(ids is not None for ids in scored)
+    average.score_only(
+        torch.cat([ids.to(first.device) for ids in scored]).unique() if all_known else None
+    )
     states = [drafter.state_dict() for drafter in drafters]
     with torch.no_grad():
         for name, parameter in average.named_parameters():

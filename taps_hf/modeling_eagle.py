@@ -54,11 +54,9 @@ class EagleDrafter(PreTrainedModel):
         if not config.input_norm:
             trunk.layers[0].input_layernorm = nn.Identity()
         self.trunk = trunk
-        if config.draft_vocab_size is not None:
-            # (draft_vocab_size,) int64, ascending: the tokens that the drafter scores.
-            self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
-        else:
-            self.draft_token_ids = None
+        # (draft_vocab_size,) int64, ascending: the tokens that the drafter scores; None for all.
+        size = config.draft_vocab_size
+        self.register_buffer("draft_token_ids", None if size is None else torch.arange(size))
         self.post_init()
 
     @classmethod
@@ -79,22 +77,34 @@ class EagleDrafter(PreTrainedModel):
         Raises:
             ValueError: if `draft_token_ids` repeats or exceeds the vocabulary.
         """
-        if draft_token_ids is not None:
-            config_kwargs["draft_vocab_size"] = len(draft_token_ids)
         config = EagleDrafterConfig.from_target(target.config, **config_kwargs)
         # Not cls(config).to(dtype): that would round the rotary frequencies too, and a checkpoint
         # loads with exact ones.
         drafter = cls._from_config(config, dtype=target.dtype)
+        drafter.score_only(draft_token_ids)
+        return drafter.to(target.device)
+
+    def score_only(self, draft_token_ids: torch.Tensor | None) -> None:
+        """Change which tokens the drafter scores: its weights do not depend on that.
+
+        Args:
+            draft_token_ids: int64 of shape (draft_vocab_size,), without repetition; None for all.
+
+        Raises:
+            ValueError: if they repeat or exceed the vocabulary.
+        """
         if draft_token_ids is not None:
-            ids = draft_token_ids.unique()
-            if len(ids) != len(draft_token_ids) or ids[0] < 0 or ids[-1] >= config.vocab_size:
+            ids = draft_token_ids.unique().to(self.device)
+            known = (ids >= 0) & (ids < self.config.vocab_size)
+            if not len(ids) or len(ids) < len(draft_token_ids) or not known.all():
                 raise ValueError(
                     f"`draft_token_ids` has {len(draft_token_ids)} entries, {len(ids)} of them "
-                    f"distinct, from {int(ids[0])} to {int(ids[-1])}; expected distinct token ids "
-                    f"below {config.vocab_size}."
+                    f"distinct and {int(known.sum())} of these token ids; expected one or more, "
+                    f"all distinct and from 0 to {self.config.vocab_size - 1}."
                 )
-            drafter.draft_token_ids.copy_(ids)
-        return drafter.to(target.device)
+            draft_token_ids = ids
+        self.draft_token_ids = draft_token_ids
+        self.config.draft_vocab_size = None if draft_token_ids is None else len(draft_token_ids)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -269,21 +269,22 @@ def _drafter(
 ) -> EagleDrafter:
     backbone = "eagle2" if options.objective == "eagle" else "hass"
     names = [str(Path(text).name) for text in options.data]
+    tokens = None
+    if options.draft_vocab is not None:
+        size = target.get_output_embeddings().weight.shape[0]
+        tokens = frequent_tokens(examples, options.draft_vocab, size)
     if options.init_from is not None:
         drafter = EagleDrafter.from_pretrained(options.init_from, dtype=torch.float32)
         check_drafter(options.init_from, drafter, target)
         check_tokenizer({options.init_from: drafter}, tokenizer)
         asked = {"fc_bias": options.fc_bias, "input_norm": options.input_norm}
-        asked |= {"draft_vocab_size": options.draft_vocab} if options.draft_vocab else {}
         found = {name: getattr(drafter.config, name) for name in asked}
         if any(asked[name] and asked[name] != found[name] for name in asked):
             raise ValueError(f"`init_from` is a drafter with {found}, but {asked} was asked for.")
         drafter.config.backbone, drafter.config.training_data = backbone, names
+        if tokens is not None:
+            drafter.score_only(tokens)
         return drafter.to(target.device).train()
-    tokens = None
-    if options.draft_vocab is not None:
-        size = target.get_output_embeddings().weight.shape[0]
-        tokens = frequent_tokens(examples, options.draft_vocab, size)
     torch.manual_seed(options.seed)
     drafter = EagleDrafter.from_target(
         target,

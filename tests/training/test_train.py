@@ -192,7 +192,9 @@ def test_training_goes_on_from_a_drafter(options, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
     assert EagleDrafter.from_pretrained(hass.out).config.backbone == "hass"
     with pytest.raises(ValueError, match="is a drafter with"):
-        train(replace(hass, draft_vocab=11, out=str(tmp_path / "other")))
+        train(replace(hass, fc_bias=True, out=str(tmp_path / "other")))
+    train(replace(hass, draft_vocab=11, out=str(tmp_path / "wider")))
+    assert len(EagleDrafter.from_pretrained(f"{tmp_path}/wider").draft_token_ids) == 11
 
 
 def test_a_fitted_start_is_better_than_a_random_one(options):
