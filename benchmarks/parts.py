@@ -30,6 +30,7 @@ from taps_hf import (
 )
 from taps_hf.drafting import DrafterSession
 from taps_hf.target import TargetSession
+from taps_hf.tree import move
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -74,7 +75,7 @@ class Drafting:
             session.observe(*self.new)
             root = self.new[0][-1:].to(session.device)
             grown = self.tree.grow(session, root, self.tree.depth)
-            trees += [tree.to(torch.device("cpu")) for tree in grown]
+            trees += move(grown, torch.device("cpu"))
         return trees
 
 

@@ -15,7 +15,7 @@ from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
 from .stacking import groups_of
 from .strategies import Choice, CycleOutcome, GenerationContext, Strategy
-from .tree import DraftTree
+from .tree import DraftTree, move
 
 
 class TreeCandidateGenerator(CandidateGenerator):
@@ -105,7 +105,7 @@ class TreeCandidateGenerator(CandidateGenerator):
                     session, root.to(session.device), max_depth, self.strategy.go_on
                 )
                 # Trees are tiny, and the walk reads them on the host: they are composed there.
-                grown |= {i: t.to(torch.device("cpu")) for i, t in zip(session.asked, trees)}
+                grown |= dict(zip(session.asked, move(trees, torch.device("cpu"))))
         trees = {index: grown[index] for index in asked}
         if not trees:
             return Choice(DraftTree.root(root.cpu(), self._num_drafters), ())

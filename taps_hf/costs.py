@@ -18,7 +18,7 @@ from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
 from .stacking import groups_of, stacking_key
 from .target import TargetSession
-from .tree import DraftTree
+from .tree import DraftTree, move
 
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _PAST = 64  # tokens before the root while measuring, unless the target takes fewer
@@ -193,8 +193,7 @@ def _draft_run(
 
     def run() -> None:
         session.observe(tokens, features)
-        for grown in tree.grow(session, root, depth):
-            grown.to(torch.device("cpu"))
+        move(tree.grow(session, root, depth), torch.device("cpu"))
 
     return run
 

@@ -118,20 +118,8 @@ class DraftTree:
 
         The large `proposals.probabilities` stay where they are: few of their rows are ever read.
         """
-        if self.tokens.device == device:
-            return self
-        moved = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        if self.proposals is not None:
-            indices = {
-                name: getattr(self.proposals, name).to(device)
-                for name in ("parents", "children", "rows")
-            }
-            moved["proposals"] = replace(self.proposals, **indices)
-        return replace(self, **moved)
+        (moved,) = move([self], device)
+        return moved
 
     def select(self, nodes: torch.Tensor) -> DraftTree:
         """The subtree made of `nodes`: int64, ascending, with the root and every node's parent.
@@ -294,3 +282,34 @@ def _check_mergeable(trees: Sequence[DraftTree]) -> None:
         raise ValueError(
             "The trees differ in kind; expected all sampled or none, alike in entropy."
         )
+
+
+def move(trees: Sequence[DraftTree], device: torch.device) -> list[DraftTree]:
+    """Trees of one device on another, in a single transfer: each waits for the device.
+
+    As [`DraftTree.to`].
+    """
+    if trees[0].tokens.device == device:
+        return list(trees)
+    slots = [
+        (part, name)
+        for tree in trees
+        for part in (tree, tree.proposals)
+        for name, value in ([] if part is None else vars(part).items())
+        if isinstance(value, torch.Tensor) and name != "probabilities"
+    ]
+    # Larger elements first keeps every piece aligned.
+    slots.sort(key=lambda slot: -getattr(*slot).element_size())
+    tensors = [getattr(part, name) for part, name in slots]
+    flat = [tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors]
+    pieces = torch.cat(flat).to(device).split([len(piece) for piece in flat])
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for (part, name), tensor, piece in zip(slots, tensors, pieces):
+        found.setdefault(id(part), {})[name] = piece.view(tensor.dtype).view(tensor.shape)
+    moved = []
+    for tree in trees:
+        new = replace(tree, **found[id(tree)])
+        if tree.proposals is not None:
+            new = replace(new, proposals=replace(tree.proposals, **found[id(tree.proposals)]))
+        moved.append(new)
+    return moved

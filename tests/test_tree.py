@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taps_hf import DraftTree, concatenate, merge
-from taps_hf.tree import SampledProposals
+from taps_hf.tree import SampledProposals, move
 
 quick = settings(deadline=None, max_examples=50)
 
@@ -289,6 +289,22 @@ def test_to_moves_every_tensor_but_the_probabilities():
     tensors = [*vars(moved).values(), *indices.values()]
     assert {x.device.type for x in tensors if isinstance(x, torch.Tensor)} == {"meta"}
     assert [x.shape for x in tensors[:6]] == [x.shape for x in list(vars(tree).values())[:6]]
+
+
+def test_trees_that_move_together_keep_their_values():
+    trees = [
+        tree_of({(1,): (0.5, 1.0), (1, 2): (0.5, 1.0), (3,): (0.25, 0.5)}, sampled=True),
+        tree_of({(4,): (0.75, 2.0)}),
+        DraftTree.root(torch.tensor([7]), 2),
+    ]
+    # Another name of the same device: the data takes the way it takes between devices.
+    for before, after in zip(trees, move(trees, torch.device("cpu", 0)), strict=True):
+        pairs = list(zip(vars(before).values(), vars(after).values(), strict=True))
+        if before.proposals is not None:
+            pairs += zip(vars(before.proposals).values(), vars(after.proposals).values())
+        tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
+        for a, b in tensors:
+            torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("pack", [merge, concatenate])
