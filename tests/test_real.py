@@ -110,4 +110,4 @@ def test_folders_are_ready_for_the_hub(folder):
     card = ((CARDS / folder) / "README.md").read_text()
     assert card.startswith("---\n")
     assert "license: apache-2.0" in card
-    assert "benchmarks/decode.py" in card
+    assert "taps-hf evaluate" in card
