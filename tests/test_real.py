@@ -107,7 +107,7 @@ def test_folders_are_ready_for_the_hub(folder):
         "config.json",
         "model.safetensors",
     }
-    card = ((CARDS / folder) / "README.md").read_text()
+    card = (CARDS / folder / "README.md").read_text()
     assert card.startswith("---\n")
     assert "license: apache-2.0" in card
     assert "taps-hf evaluate" in card

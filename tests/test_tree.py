@@ -299,6 +299,7 @@ def test_trees_that_move_together_keep_their_values():
     ]
     # Another name of the same device: the data takes the way it takes between devices.
     for before, after in zip(trees, move(trees, torch.device("cpu", 0)), strict=True):
+        assert after is not before
         pairs = list(zip(vars(before).values(), vars(after).values(), strict=True))
         if before.proposals is not None:
             pairs += zip(vars(before.proposals).values(), vars(after.proposals).values())
