@@ -13,10 +13,12 @@ from typing import Any
 import yaml
 
 from .conversations import DataSource
+from .muon import check_muon
 from .objectives import ObjectiveOptions
 
 OBJECTIVES = ("eagle", "hass")
 STARTS = ("random", "least_squares")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -60,10 +62,11 @@ class TrainOptions:
     max_steps: int = _option(-1, "optimiser steps, instead of epochs")
     batch_size: int = _option(2, "examples a device takes at once")
     gradient_accumulation: int = _option(1, "batches between two optimiser steps")
+    optimizer: str = _option("adamw", "adamw, or muon (for matrices; AdamW for vectors)")
     learning_rate: float = _option(3e-5, "highest, after the warm-up")
     schedule: str = _option("linear", "any of transformers' learning rate schedules")
     warmup: float = _option(0.05, "share of the steps")
-    weight_decay: float = _option(0.0, "of AdamW")
+    weight_decay: float = _option(0.0, "of the matrices, decoupled")
     beta2: float = _option(0.95, "of AdamW")
     clip: float = _option(0.5, "norm that gradients are clipped to")
     evaluations: int = _option(10, "evaluations and checkpoints in the whole run")
@@ -87,6 +90,10 @@ class TrainOptions:
             raise ValueError(f"`objective` is {self.objective!r}, expected one of {OBJECTIVES}.")
         if self.start not in STARTS:
             raise ValueError(f"`start` is {self.start!r}, expected one of {STARTS}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"`optimizer` is {self.optimizer!r}, expected one of {OPTIMIZERS}.")
+        if self.optimizer == "muon":
+            check_muon()
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is {self.held_out}, expected a share between 0 and 1.")
         if self.dtype not in ("bfloat16", "float16", "float32"):

@@ -24,6 +24,7 @@ from .conversations import DataReport, DataSource, SourceRow, digest_of, read_mi
 from .encoding import Example, encode_rows
 from .features import FeatureStore, features_of, fill_store
 from .memory import check_memory, estimate_memory
+from .muon import MuonWithAdamW
 from .objectives import DraftObjective, FrozenTarget
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
@@ -88,11 +89,16 @@ def train(options: TrainOptions) -> dict[str, float]:
             balance_inputs(*given)
     objective = DraftObjective(drafter, frozen, objective_options, options.eval_depth)
     objective.to(arguments.device)
+    optimizer = None  # Trainer's own: AdamW
+    if options.optimizer == "muon":
+        shared = (options.learning_rate, options.weight_decay, options.beta2)
+        optimizer = MuonWithAdamW(drafter.parameters(), *shared)
     trainer = DrafterTrainer(
         model=objective,
         args=arguments,
         train_dataset=ExampleDataset(examples, stores),
         eval_dataset={name: ExampleDataset(rows, stores) for name, rows in held_out.items()},
+        optimizers=(optimizer, None),
     )
     arguments.eval_steps = arguments.save_steps = _interval(options, arguments, len(examples))
     scored = sum(sum(example.is_answer) for example in examples)

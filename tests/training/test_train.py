@@ -23,6 +23,7 @@ from taps_hf.training.train import _last_checkpoint, is_held_out, train
 
 from ..tiny import tiny_target
 from .chat import CHATML, chat_tokenizer
+from .test_muon import needs_muon
 
 _TINY = {
     "vocab_size": 16,
@@ -143,9 +144,13 @@ def test_more_rows_are_another_run(options, folder, tmp_path):
         train(options)
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_a_stopped_run_ends_with_the_same_bits(options, tmp_path, monkeypatch, stored):
-    whole = replace(options, features=[str(tmp_path / "features")] if stored else [])
+@pytest.mark.parametrize(
+    ("stored", "optimizer"),
+    [(False, "adamw"), (True, "adamw"), pytest.param(False, "muon", marks=needs_muon)],
+)
+def test_a_stopped_run_ends_with_the_same_bits(options, tmp_path, monkeypatch, stored, optimizer):
+    features = [str(tmp_path / "features")] if stored else []
+    whole = replace(options, features=features, optimizer=optimizer)
     stopped = replace(whole, out=str(tmp_path / "stopped"))
     train(whole)
     from taps_hf.training import train as module

@@ -1,0 +1,79 @@
+"""Muon for a drafter's matrices and AdamW for its vectors, as one optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for parameters of two dimensions, `torch.optim.AdamW` for all others.
+
+    Muon makes the momentum of a matrix orthogonal before it is added, so that all its directions
+    learn alike (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon). Its steps are scaled
+    to the size of AdamW's (arXiv 2502.16982, section 2.2), so one learning rate serves both.
+
+    Args:
+        parameters: of the drafter.
+        lr: learning rate.
+        weight_decay: decoupled, of the matrices.
+        beta2: of AdamW.
+
+    Raises:
+        ValueError: for a torch without Muon.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        beta2: float = 0.95,
+    ) -> None:
+        check_muon()
+        trained = [p for p in parameters if p.requires_grad]
+        self.parts = (
+            torch.optim.Muon(
+                [p for p in trained if p.ndim == 2],
+                lr=lr,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(
+                [p for p in trained if p.ndim != 2], lr=lr, betas=(0.9, beta2), weight_decay=0.0
+            ),
+        )
+        super().__init__(self._groups(), {})
+        # The groups of both are the ones a learning rate schedule changes here.
+        self.param_groups = self._groups()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of both."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put both into the states of [`state_dict`]."""
+        for part, state in zip(self.parts, state_dict["parts"]):
+            part.load_state_dict(state)
+        self.param_groups = self._groups()
+
+
+def check_muon() -> None:
+    """Raises a ValueError if this torch has no Muon."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"torch {torch.__version__} has no Muon; expected 2.9 or newer, or `optimizer` adamw."
+        )
