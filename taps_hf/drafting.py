@@ -162,12 +162,16 @@ class DrafterSession:
         entropy = probabilities = None
         if self.sample_temperature is not None:
             logits = logits / self.sample_temperature
+        largest = logits.amax(dim=2, keepdim=True)
         # Tokens e^80 times less likely than the likeliest add nothing to the sum, but as denormal
         # numbers they would make a CPU take several times as long over it.
-        largest = logits.amax(dim=2, keepdim=True)
-        normaliser = logits.clamp(min=largest - 80.0).logsumexp(dim=2, keepdim=True)
+        below = (logits - largest).clamp_(min=-80.0)
+        odds = below.exp()
+        total = odds.sum(dim=2, keepdim=True)
+        normaliser = largest + total.log()
         if self.with_entropy:
-            entropy = normaliser[..., 0] - (logits.softmax(2) * logits).sum(2)
+            expected = torch.linalg.vecdot(odds, below)[..., None] / total
+            entropy = (total.log() - expected)[..., 0]
         if self.sample_temperature is None:
             top, tokens = logits.topk(k, dim=2)
         else:

@@ -163,6 +163,21 @@ def scored_slots(labels: torch.Tensor, steps: int) -> list[torch.Tensor]:
     return scored
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What n slots should predict; the same at every step, so it is computed once.
+
+    Args:
+        features: (n, hidden): the target's.
+        probabilities: (n, scored tokens) float32: the target's distributions, if a loss needs them.
+        likeliest: values and indices, (n, top_k) each, of the likeliest tokens, if one needs them.
+    """
+
+    features: torch.Tensor
+    probabilities: torch.Tensor | None = None
+    likeliest: torch.return_types.topk | None = None
+
+
 class DraftObjective(nn.Module):
     """A drafter with the loss it is trained on; in evaluation mode, with what is measured.
 
@@ -229,31 +244,47 @@ class DraftObjective(nn.Module):
             true = true + (torch.rand_like(true) * 2 - 1) * self.options.noise
         sums = dict.fromkeys(("regression", "token", "top_k"), features.new_zeros((), dtype=dtype))
         steps = harmonised_steps(self.drafter, embeds, true, self.options.steps)
-        for hidden, scored in zip(steps, scored_slots(labels, self.options.steps)):
-            found = self._losses(hidden[scored], features[:, 1:][scored])
+        scored = scored_slots(labels, self.options.steps)
+        wanted = self._wanted(features[:, 1:][scored[0]])
+        for hidden, counted in zip(steps, scored):
+            found = self._losses(hidden[scored[0]], wanted, counted[scored[0]])
             sums = {name: value + found[name] for name, value in sums.items()}
         weights = {name: getattr(self.options, f"{name}_weight") for name in sums}
         divisor = num_items_in_batch * self.options.steps
         loss = sum(weights[name] * value for name, value in sums.items()) / divisor
         return {"loss": loss, **{name: value.detach() for name, value in sums.items()}}
 
-    def _losses(self, predicted: torch.Tensor, true: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums over n slots, of predicted and true features (n, hidden)."""
+    @torch.no_grad()
+    def _wanted(self, true: torch.Tensor) -> _Wanted:
+        """What n slots should predict, from the true features (n, hidden)."""
+        if not (self.options.token_weight or self.options.top_k_weight):
+            return _Wanted(true)
+        with torch.autocast(true.device.type, enabled=False):
+            probabilities = self.frozen.scores(true).softmax(dim=1)
+        if not self.options.top_k_weight:
+            return _Wanted(true, probabilities)
+        likeliest = probabilities.topk(min(self.options.top_k, probabilities.shape[1]), dim=1)
+        return _Wanted(true, probabilities, likeliest)
+
+    def _losses(
+        self, predicted: torch.Tensor, wanted: _Wanted, counted: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Sums over those of n slots that count, (n,) bool, of predicted features (n, hidden)."""
         zero = predicted.new_zeros((), dtype=torch.float32)
         losses = dict.fromkeys(("regression", "token", "top_k"), zero)
         if self.options.regression_weight:
-            distance = F.smooth_l1_loss(predicted.float(), true.float(), reduction="none")
-            losses["regression"] = distance.mean(dim=1).sum()
-        if not (self.options.token_weight or self.options.top_k_weight):
+            distance = F.smooth_l1_loss(
+                predicted.float(), wanted.features.float(), reduction="none"
+            )
+            losses["regression"] = (distance.mean(dim=1) * counted).sum()
+        if wanted.probabilities is None:
             return losses
-        with torch.no_grad(), torch.autocast(true.device.type, enabled=False):
-            wanted = self.frozen.scores(true).softmax(dim=1)
         log_p = self.frozen.scores(predicted).log_softmax(dim=1)
         if self.options.token_weight:
-            losses["token"] = -(wanted * log_p).sum()
-        if self.options.top_k_weight:
-            likeliest = wanted.topk(min(self.options.top_k, wanted.shape[1]), dim=1)
-            losses["top_k"] = -(likeliest.values * log_p.gather(1, likeliest.indices)).sum()
+            losses["token"] = -((wanted.probabilities * log_p).sum(dim=1) * counted).sum()
+        if wanted.likeliest is not None:
+            foreseen = log_p.gather(1, wanted.likeliest.indices)
+            losses["top_k"] = -((wanted.likeliest.values * foreseen).sum(dim=1) * counted).sum()
         return losses
 
     def _evaluate(
@@ -275,7 +306,8 @@ class DraftObjective(nn.Module):
             hit[scored[step]] = best == input_ids[:, 2:][scored[step]]
             hits.append(hit)
             if step == 0:
-                found = self._losses(hidden[scored[0]], features[:, 1:][scored[0]])
+                wanted = self._wanted(features[:, 1:][scored[0]])
+                found = self._losses(hidden[scored[0]], wanted, scored[0][scored[0]])
         counts = replay(hits, scored[0])
         weights = {name: getattr(self.options, f"{name}_weight") for name in found}
         loss = sum(weights[name] * value for name, value in found.items())
