@@ -6,10 +6,12 @@ import json
 import os
 import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,34 @@ class Results:
         os.replace(partial, self.file)
 
 
-def median_interval(
-    values: Sequence[float], level: float = 0.95, resamples: int = 2000
+def interval(
+    values: Sequence[_Value],
+    statistic: Callable[[Sequence[_Value]], float] = statistics.median,
+    level: float = 0.95,
+    resamples: int = 2000,
 ) -> tuple[float, float]:
-    """Bootstrap interval of the median: percentiles over resamples, the same at every call."""
+    """Bootstrap interval of a statistic: percentiles over resamples, the same at every call."""
     rng = random.Random(0)
-    medians = sorted(
-        statistics.median(rng.choices(values, k=len(values))) for _ in range(resamples)
-    )
+    found = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(resamples))
     tail = (1 - level) / 2
-    return medians[int(tail * resamples)], medians[int((1 - tail) * resamples) - 1]
+    return found[int(tail * resamples)], found[int((1 - tail) * resamples) - 1]
+
+
+def overall(rows: Sequence[Row]) -> float:
+    """Tokens per second over all of some prompts together, as a multiple of plain generate's."""
+    return faster(
+        [(row, replace(row, tokens=row.plain_tokens, seconds=row.plain_seconds)) for row in rows]
+    )
+
+
+def faster(pairs: Sequence[tuple[Row, Row]]) -> float:
+    """Tokens per second of the first rows together, as a multiple of that of the second ones."""
+    tokens, seconds, others, other_seconds = (
+        sum(getattr(pair[i], name) for pair in pairs)
+        for i in (0, 1)
+        for name in ("tokens", "seconds")
+    )
+    return (tokens / seconds) / (others / other_seconds)
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,7 @@ class Figures:
 
     Args:
         ratio: median over prompts of the ratio to plain generate; `interval` of that median.
+        overall: the ratio of all prompts together; `overall_interval` of that.
         tau: tokens emitted per target pass, over all cycles.
         differing: answers that are not plain's.
         accepted: draft tokens accepted per cycle; None, as what follows, where it is not known.
@@ -126,6 +147,8 @@ class Figures:
 
     ratio: float
     interval: tuple[float, float]
+    overall: float
+    overall_interval: tuple[float, float]
     tau: float
     differing: int
     accepted: float | None = None
@@ -149,7 +172,9 @@ class Figures:
             details |= {name: value / sum(phases.values()) for name, value in phases.items()}
         return cls(
             statistics.median(ratios),
-            median_interval(ratios),
+            interval(ratios),
+            overall(rows),
+            interval(rows, overall),
             total("tokens") / cycles,
             sum(row.differs_at is not None for row in rows),
             **details,
@@ -157,11 +182,18 @@ class Figures:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table for each group of prompts and, of several, one for all; variants by first row."""
+    """A table for each group of prompts and, of several, one for all; variants by first row.
+
+    If `auto` is among the variants, last how it compares with each of the others.
+    """
     groups = {group: [row for row in rows if row.group == group] for group in _groups(rows)}
     if len(groups) > 1:
         groups["all prompts"] = list(rows)
-    return "\n\n".join(_table(name, found) for name, found in groups.items())
+    tables = [_table(name, found) for name, found in groups.items()]
+    names = {row.variant for row in rows}
+    if "auto" in names and len(names) > 1:
+        tables.append(_rivals(groups))
+    return "\n\n".join(tables)
 
 
 def _groups(rows: Sequence[Row]) -> list[str]:
@@ -174,19 +206,59 @@ def _table(name: str, rows: Sequence[Row]) -> str:
     lines = [
         f"**{name}**, {count} prompt{'s' * (count > 1)}; plain: {plain:.1f} tokens/s (median)",
         "",
-        "| variant | x plain [95 %] | tau | accepted | nodes | drafters | draft/target/rest "
-        "| differ |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | x plain [95 %] | together [95 %] | tau | accepted | nodes | drafters "
+        "| draft/target/rest | differ |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for variant in dict.fromkeys(row.variant for row in rows):
-        found = [row for row in rows if row.variant == variant]
+    for variant, found in _by_variant(rows).items():
         f = Figures.of(found)
         known = "- | - | - | -"
         if f.accepted is not None:
             shares = f"{f.draft:.0%}/{f.target:.0%}/{f.rest:.0%}"
             known = f"{f.accepted:.2f} | {f.nodes:.1f} | {f.drafters:.2f} | {shares}"
         lines.append(
-            f"| {variant} | {f.ratio:.2f} [{f.interval[0]:.2f}, {f.interval[1]:.2f}] "
+            f"| {variant} | {_with_interval(f.ratio, f.interval)} "
+            f"| {_with_interval(f.overall, f.overall_interval)} "
             f"| {f.tau:.2f} | {known} | {f.differing}/{len(found)} |"
         )
     return "\n".join(lines)
+
+
+HINDSIGHT = "the fastest single drafter of each prompt, in hindsight"
+
+
+def _rivals(groups: Mapping[str, Sequence[Row]]) -> str:
+    """How much faster `auto` is than every other variant, over the same prompts."""
+    lines = [
+        "**auto's speed over that of others**, same prompts, all together [95 %]",
+        "",
+        f"| variant | {' | '.join(groups)} |",
+        f"| --- |{' --- |' * len(groups)}",
+    ]
+    cells: dict[str, list[str]] = {}
+    for rows in groups.values():
+        by_variant = _by_variant(rows)
+        singles = [found for name, found in by_variant.items() if name.startswith("single ")]
+        if len(singles) > 1:
+            best = {}
+            for row in (row for found in singles for row in found):
+                if row.prompt not in best or row.ratio > best[row.prompt].ratio:
+                    best[row.prompt] = row
+            by_variant[HINDSIGHT] = list(best.values())
+        autos = {row.prompt: row for row in by_variant.pop("auto", [])}
+        for name, found in by_variant.items():
+            pairs = [(autos[row.prompt], row) for row in found if row.prompt in autos]
+            cell = _with_interval(faster(pairs), interval(pairs, faster)) if pairs else "-"
+            cells.setdefault(name, []).append(cell)
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items())])
+
+
+def _by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.variant, []).append(row)
+    return found
+
+
+def _with_interval(value: float, bounds: tuple[float, float]) -> str:
+    return f"{value:.2f} [{bounds[0]:.2f}, {bounds[1]:.2f}]"
