@@ -1,8 +1,9 @@
-"""Times the parts of a cycle apart: passes of the target, drafting, composing.
+"""Times the parts of a generation apart: the prompt, passes of the target, drafting, composing.
 
     python benchmarks/parts.py --dtype bfloat16
 
-Every part is run once a round, round after round; shown is the median over rounds.
+Every part is run once a round, round after round; shown is the median over rounds. Below: the
+memory that drafters take next to plain `generate`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from taps_hf import (
     merge,
 )
 from taps_hf.drafting import DrafterSession
+from taps_hf.stacking import groups_of
 from taps_hf.target import TargetSession
 from taps_hf.tree import move
 
@@ -122,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     vocabulary = target.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(options.context + 1, device=target.device) * 7 % vocabulary)[None]
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    session = TargetSession(target, ids, GenerationConfig(), {"past_key_values": cache})
+    session = _begun(target, ids)
     context = session.prefill()
 
     def draft(*groups: Sequence[EagleDrafter]) -> Drafting:
@@ -138,9 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run
 
+    def observe_prompt() -> None:
+        for group in groups_of(drafters):
+            drafting = DrafterSession([drafters[i] for i in group], target, group, len(drafters))
+            drafting.observe(*context)
+            drafting.begin()
+
     parts: dict[str, Callable[[], object]] = {
         f"target, {width} row{'s' * (width > 1)}": verify(width) for width in WIDTHS
     }
+    parts["prompt, plain generate's pass"] = lambda: target(ids, use_cache=True, logits_to_keep=1)
+    parts["prompt, the target's pass with drafters"] = lambda: _begun(target, ids).prefill()
+    parts["prompt, all drafters' pass"] = observe_prompt
     parts["draft, one drafter"] = draft(drafters[:1])
     if drafters[0].draft_token_ids is not None:
         whole = [scoring_everything(drafter) for drafter in drafters]
@@ -169,7 +179,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name, seconds in found.items():
         print(f"| {name} | {seconds * 1e3:.2f} | {seconds / plain:.2f} |")
+    print("\n| memory of | MB | bytes a token of context |\n| --- | --- | --- |")
+    for spec, drafter in zip(options.drafters, drafters):
+        held, per_token = memory_of(drafter, target)
+        print(f"| {spec.partition('=')[0]} | {held / 1e6:.1f} | {per_token} |")
     return 0
+
+
+def _begun(target: PreTrainedModel, ids: torch.Tensor) -> TargetSession:
+    """A generation whose prompt has not been run yet."""
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    return TargetSession(target, ids, GenerationConfig(), {"past_key_values": cache})
+
+
+def memory_of(drafter: EagleDrafter, target: PreTrainedModel) -> tuple[int, int]:
+    """Bytes that one drafter takes next to plain `generate`.
+
+    Returns:
+        its weights and its rows of the target's head (stacked drafters have their linear layers
+        once more, in the stack); and keys and values for each token of context.
+    """
+    held = sum(x.numel() * x.element_size() for x in drafter.parameters())
+    if drafter.draft_token_ids is not None:
+        rows = len(drafter.draft_token_ids)
+        held += rows * target.get_output_embeddings().weight.shape[1] * drafter.dtype.itemsize
+    cache = DynamicCache(config=drafter.trunk.config)
+    embeds = torch.zeros(
+        1, 1, drafter.config.hidden_size, dtype=drafter.dtype, device=drafter.device
+    )
+    drafter(inputs_embeds=embeds, features=embeds, past_key_values=cache)
+    states = (cache.layers[0].keys, cache.layers[0].values)
+    return held, sum(x.numel() * x.element_size() for x in states)
 
 
 if __name__ == "__main__":

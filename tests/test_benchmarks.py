@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 import statistics
@@ -210,7 +211,19 @@ def test_parts_are_timed(models, capsys):
     found = dict(re.findall(r"\| (.+?) \| ([\d.]+) \|", table))
     assert float(found["target, 1 row"]) > 0
     assert {"draft, 2 drafters one by one", "draft, 2 drafters as one", "merge"} <= set(found)
+    assert {"prompt, plain generate's pass", "prompt, all drafters' pass"} <= set(found)
     assert str(models[1]) not in table
+
+
+def test_memory_is_that_of_weights_head_rows_and_cache():
+    target, (drafter,) = tiny_target(), tiny_drafters(1, draft_vocab=6)
+    held, per_token = parts.memory_of(drafter, target)
+    weights = sum(p.numel() for p in drafter.parameters())
+    assert held == 4 * (weights + 6 * 32)
+    config = drafter.trunk.config
+    assert per_token == 2 * 4 * config.num_key_value_heads * config.head_dim
+    halves = [copy.deepcopy(model).bfloat16() for model in (drafter, target)]
+    assert parts.memory_of(*halves) == (held // 2, per_token // 2)
 
 
 def test_the_drafter_that_scores_everything_drafts_alike():
