@@ -16,7 +16,7 @@ GoOn = Callable[[int, torch.Tensor], bool]
 
 
 class Drafting(Protocol):
-    """What grows trees: a [`DrafterSession`], or many positions of a record at once."""
+    """What grows trees: a [`DrafterSession`], or positions of several records at once."""
 
     def expand(self, hidden: torch.Tensor, k: int) -> Expansion:
         """Children of nodes with predicted features (B, F, hidden)."""

@@ -30,6 +30,8 @@ from .records import Record, RecordOptions, RecordStore, record
 from .replay import replay
 from .variants import Variant, standard_variants
 
+_SIDE_BY_SIDE = 32  # answers that are replayed together, and lost together if the run is stopped
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -165,11 +167,13 @@ def evaluate(options: EvaluateOptions) -> None:
         files = record(target, tokenizer, questions, options.record_options(temperature), store)
         answers = _Answers(files, store)
         asked |= set(answers.keys)
-        with tqdm(answers, unit="answer", desc="replay") as progress:
-            for kept in progress:
-                pending = [v for v in variants if not replayed.get(kept.key, v.key(weights))]
-                if pending:
-                    replayed.add(replay(kept, target, drafters, pending, weights))
+        with tqdm(total=len(answers), unit="answer", desc="replay") as progress:
+            for group in answers.groups(_SIDE_BY_SIDE):
+                known = {key for key in keys if all(replayed.get(kept.key, key) for kept in group)}
+                pending = [v for v in variants if v.key(weights) not in known]
+                for rows in replay(group, target, drafters, pending, weights) if pending else ():
+                    replayed.add(rows)
+                progress.update(len(group))
         if not options.live:
             continue
         answers = answers.some(names, options.live)
@@ -206,6 +210,11 @@ class _Answers:
 
     def __iter__(self) -> Iterator[Record]:
         return map(self.store.load, self.files)
+
+    def groups(self, size: int) -> Iterator[list[Record]]:
+        """So many at a time."""
+        for start in range(0, len(self.files), size):
+            yield [self.store.load(file) for file in self.files[start : start + size]]
 
     def some(self, benchmarks: Sequence[str], count: int) -> _Answers:
         """`count` of each benchmark's, evenly spread."""

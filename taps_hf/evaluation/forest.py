@@ -1,32 +1,50 @@
-"""A drafter's dynamic trees at many positions of a record, grown together.
+"""A drafter's dynamic trees along several records, grown at one position of each at a time.
 
-A tree at a position depends on nothing but the text before it, so all of a record's trees can be
-grown in one batch: the same trees as [`DynamicTree.grow`] gives one after the other, several times
-faster, since a level's rows share one pass over the drafter and the head.
+A tree at a position depends on nothing but the text before it, so the trees that are wanted in
+several records can be grown in one batch: the same trees as [`DynamicTree.grow`] gives one after
+the other, several times faster, since a level's rows share one pass over the drafter and the head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from ..drafting import DrafterSession
-from ..growth import Level, assemble, grow_dynamic
+from ..growth import assemble, grow_dynamic
 from ..modeling_eagle import EagleDrafter
 from ..shapes import DynamicTree
 from ..tree import DraftTree
 from .records import Record
 
 
+@dataclass(frozen=True)
+class Spot:
+    """Where a tree is wanted.
+
+    Args:
+        record: index of the record.
+        root: index of the root's token in it, 1 or more.
+        max_depth: no node may lie deeper.
+    """
+
+    record: int
+    root: int
+    max_depth: int
+
+
 class Forest:
-    """The trees of one drafter along a record.
+    """The trees of one drafter along records.
 
     Args:
         drafter: the drafter.
         target: for its embedding and head.
         shape: of the trees.
-        record: of the target.
-        chunk: how many trees are grown together, when one of them is first asked for.
+        records: of the target.
     """
 
     def __init__(
@@ -34,36 +52,43 @@ class Forest:
         drafter: EagleDrafter,
         target: PreTrainedModel,
         shape: DynamicTree,
-        record: Record,
-        chunk: int = 64,
+        records: Sequence[Record],
     ) -> None:
-        self.drafter, self.shape, self.record, self.chunk = drafter, shape, record, chunk
+        self.drafter, self.shape, self.records = drafter, shape, list(records)
         self._embedding = target.get_input_embeddings()
         self._session = DrafterSession([drafter], target, with_entropy=True)
-        self._levels: dict[int, list[Level]] = {}
-        self._row: dict[int, int] = {}
-        cache = DynamicCache(config=drafter.trunk.config)
-        # Slot t reads token t + 1 and feature t; a tree with root r drafts from slot r - 1 on.
-        self._slots = drafter(
-            inputs_embeds=self.embed(record.tokens[None, 1:]),
-            features=record.features[None].to(drafter.device, drafter.dtype),
-            past_key_values=cache,
-        ).last_hidden_state[0]
-        self._context = (cache.layers[0].keys, cache.layers[0].values)
+        slots, keys, values = [], [], []
+        for record in records:
+            cache = DynamicCache(config=drafter.trunk.config)
+            # Slot t reads token t + 1 and feature t; a tree with root r drafts from slot r - 1 on.
+            output = drafter(
+                inputs_embeds=self.embed(record.tokens[None, 1:]),
+                features=record.features[None].to(drafter.device, drafter.dtype),
+                past_key_values=cache,
+            )
+            slots.append(output.last_hidden_state[0])
+            keys.append(cache.layers[0].keys[0].transpose(0, 1))
+            values.append(cache.layers[0].values[0].transpose(0, 1))
+        self._slots = slots
+        # (records, heads, slots, head_dim); no tree sees the padding, which is behind its root.
+        self._context = tuple(pad_sequence(x, True).transpose(1, 2) for x in (keys, values))
 
-    def at(self, root: int, max_depth: int) -> DraftTree:
-        """The tree whose root is the token at index `root` (1 or more), on the CPU."""
-        if root not in self._levels:
-            end = min(root + self.chunk, len(self._slots) + 1)
-            roots = torch.arange(root, end, device=self.drafter.device)
-            hidden = self._slots[roots - 1][:, None]
-            bundle = _Bundle(self, self._session, roots, self._context)
-            levels = grow_dynamic(bundle, hidden, self.shape.top_k, self.shape.depth)
-            for row, position in enumerate(range(root, end)):
-                self._levels[position], self._row[position] = levels, row
-        token = self.record.tokens[root : root + 1].to(self.drafter.device)
-        tree = assemble(self._levels[root][:max_depth], self._row[root], token)
-        return tree.best(self.shape.num_nodes).to(torch.device("cpu"))
+    def grow(self, spots: Sequence[Spot]) -> list[DraftTree]:
+        """A tree, on the CPU, at each of some positions."""
+        device = self.drafter.device
+        rows = torch.tensor([spot.record for spot in spots], device=device)
+        roots = torch.tensor([spot.root for spot in spots], device=device)
+        hidden = torch.stack([self._slots[spot.record][spot.root - 1] for spot in spots])[:, None]
+        length = int(roots.max())
+        context = tuple(x[rows, :, :length] for x in self._context)
+        bundle = _Bundle(self, self._session, roots, context)
+        levels = grow_dynamic(bundle, hidden, self.shape.top_k, self.shape.depth)
+        trees = []
+        for row, spot in enumerate(spots):
+            token = self.records[spot.record].tokens[spot.root : spot.root + 1].to(device)
+            tree = assemble(levels[: spot.max_depth], row, token)
+            trees.append(tree.best(self.shape.num_nodes).to(torch.device("cpu")))
+        return trees
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The target's embeddings, where and as the drafter reads them."""
@@ -72,13 +97,13 @@ class Forest:
 
 
 class _Bundle:
-    """Drafting at B positions of a record at once.
+    """Drafting at a position of B records at once.
 
     Args:
         forest: whose drafter it is.
         session: for its head.
-        roots: (B,) int64, ascending: indices of the trees' roots.
-        context: keys and values of the record's slots.
+        roots: (B,) int64: indices of the trees' roots in their records.
+        context: keys and values of the records' slots, up to the last root.
     """
 
     def __init__(
@@ -90,10 +115,10 @@ class _Bundle:
     ) -> None:
         self.forest, self.drafter, self.roots = forest, forest.drafter, roots
         self.expand = session.expand
-        length = int(roots[-1])
         self._cache = DynamicCache(config=self.drafter.trunk.config)
-        self._cache.update(*(x[:, :, :length].expand(len(roots), -1, -1, -1) for x in context), 0)
-        self._past = (torch.arange(length, device=roots.device) < roots[:, None])[:, None]
+        self._cache.update(*context, 0)
+        slots = torch.arange(context[0].shape[2], device=roots.device)
+        self._past = (slots < roots[:, None])[:, None]
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int

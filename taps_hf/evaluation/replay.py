@@ -1,9 +1,10 @@
-"""Replaying drafters against a record: accepted lengths at the drafters' cost alone.
+"""Replaying drafters against records: accepted lengths at the drafters' cost alone.
 
-All variants advance in step: at each position of the answer, those that have their root there ask
-for the trees of their drafters. A drafter's tree at a position depends on the text before it only,
-not on the cycles that led there, so each is grown once however many variants ask; dynamic trees are
-grown many positions at a time ([`forest`]).
+A drafter's tree at a position depends on the text before it only, not on the cycles that led
+there. So all variants advance along a record together: at each position those that have their root
+there ask for the trees of their drafters, and each tree is grown once however many ask. Several
+records are replayed side by side, and what a drafter is asked for in all of them is grown in one
+batch ([`forest`]).
 """
 
 from __future__ import annotations
@@ -19,35 +20,40 @@ from ..modeling_eagle import EagleDrafter
 from ..shapes import DynamicTree, TreeShape
 from ..strategies import CycleOutcome
 from ..tree import DraftTree
-from .forest import Forest
+from .forest import Forest, Spot
 from .measurements import CycleRecorder, Cycles
 from .records import Record
 from .variants import Variant
 
 
-class _Grower:
-    """One drafter's trees of any shape, grown one after the other, at growing positions."""
+class OneByOne:
+    """As [`Forest`], for any shape: trees are grown one after the other, at growing positions."""
 
     def __init__(
-        self, drafter: EagleDrafter, target: PreTrainedModel, shape: TreeShape, record: Record
+        self,
+        drafter: EagleDrafter,
+        target: PreTrainedModel,
+        shape: TreeShape,
+        records: Sequence[Record],
     ) -> None:
-        self.session = DrafterSession([drafter], target, with_entropy=True)
-        self.shape = shape
-        self.record = record
-        self.fed = 0  # slots the session has been given
-        self.position = -1
-        self.tree: DraftTree | None = None
+        self.shape, self.records = shape, list(records)
+        self._sessions = [DrafterSession([drafter], target, with_entropy=True) for _ in records]
+        self._fed = [0] * len(records)  # slots that each session has been given
 
-    def at(self, root: int, max_depth: int) -> DraftTree:
-        """The tree whose root is the token at index `root`."""
-        if root != self.position:
-            tokens = self.record.tokens[self.fed + 1 : root + 1]
-            self.session.observe(tokens, self.record.features[self.fed : root])
-            self.fed, self.position = root, root
-            token = self.record.tokens[root : root + 1].to(self.session.device)
-            (tree,) = self.shape.grow(self.session, token, max_depth)
-            self.tree = tree.to(torch.device("cpu"))
-        return self.tree
+    def grow(self, spots: Sequence[Spot]) -> list[DraftTree]:
+        """As [`Forest.grow`]."""
+        return [self._grow(spot) for spot in spots]
+
+    def _grow(self, spot: Spot) -> DraftTree:
+        record, session = self.records[spot.record], self._sessions[spot.record]
+        fed, self._fed[spot.record] = self._fed[spot.record], spot.root
+        session.observe(record.tokens[fed + 1 : spot.root + 1], record.features[fed : spot.root])
+        token = record.tokens[spot.root : spot.root + 1].to(session.device)
+        (tree,) = self.shape.grow(session, token, spot.max_depth)
+        return tree.to(torch.device("cpu"))
+
+
+_Source = tuple[str, TreeShape]  # whose trees, of which shape
 
 
 @dataclass
@@ -59,75 +65,126 @@ class _Run:
     recorder: CycleRecorder
     history: list[CycleOutcome] = field(default_factory=list)
 
+    def drafters_to_run(self) -> tuple[int, ...]:
+        return tuple(
+            self.variant.strategy.drafters_to_run(len(self.variant.drafters), self.history)
+        )
+
+
+class _Walk:
+    """A record and all variants on their way through it.
+
+    Args:
+        record: the record.
+        variants: to replay.
+        positions: how many the target has; None for no limit.
+    """
+
+    def __init__(self, record: Record, variants: Sequence[Variant], positions: int | None) -> None:
+        self.record = record
+        start = record.answer_start - 1
+        self.runs = [_Run(variant, start, CycleRecorder(record.entropies)) for variant in variants]
+        self._positions = record.max_length if positions is None else positions
+        self._asked: list[tuple[_Run, tuple[int, ...]]] = []
+
+    @property
+    def root(self) -> int:
+        """Where the variants that are furthest behind have their root."""
+        return min(run.root for run in self.runs)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all variants have reached the answer's end."""
+        return self.root >= len(self.record.tokens) - 1
+
+    @property
+    def max_depth(self) -> int:
+        """How deep nodes of a tree at `root` may lie: d of them emit d + 1 tokens at most."""
+        return min(self.record.max_length - 1 - self.root, self._positions - self.root) - 1
+
+    def ask(self) -> set[_Source]:
+        """Whose trees the variants at `root` want."""
+        root = self.root
+        nobody = self.max_depth < 1 or root < 1  # without a token before it there is no feature
+        self._asked = [
+            (run, () if nobody else run.drafters_to_run()) for run in self.runs if run.root == root
+        ]
+        return {
+            (run.variant.drafters[index], run.variant.tree)
+            for run, indices in self._asked
+            for index in indices
+        }
+
+    def advance(self, grown: Mapping[_Source, DraftTree]) -> None:
+        """One cycle of the variants that asked."""
+        for run, indices in self._asked:
+            sources = {index: (run.variant.drafters[index], run.variant.tree) for index in indices}
+            _cycle(run, self.record, {index: grown[source] for index, source in sources.items()})
+
 
 @torch.no_grad()
 def replay(
-    record: Record,
+    records: Sequence[Record],
     target: PreTrainedModel,
     drafters: Mapping[str, EagleDrafter],
     variants: Sequence[Variant],
     weights: Mapping[str, str],
-) -> list[Cycles]:
-    """What each variant would have done on the way to the recorded answer.
+) -> list[list[Cycles]]:
+    """What each variant would have done on the way to the recorded answers.
 
     Args:
-        record: of the target.
+        records: of the target.
         target: for its embedding and head; it is not run.
         drafters: by name.
         variants: what to replay, for deterministic trees (the walk).
         weights: a digest of each drafter, for the variants' keys.
 
     Returns:
-        the cycles of each variant, in their order.
+        for each record the cycles of each variant, in their order.
     """
-    growers: dict[tuple[str, TreeShape], Forest | _Grower] = {}
+    growers: dict[_Source, Forest | OneByOne] = {}
     for variant in variants:
         for name in variant.drafters:
-            key = (name, variant.tree)
-            if key not in growers:
-                kind = Forest if type(variant.tree) is DynamicTree else _Grower
-                growers[key] = kind(drafters[name], target, variant.tree, record)
-    start, end = record.answer_start - 1, len(record.tokens) - 1
-    runs = [_Run(variant, start, CycleRecorder(record.entropies)) for variant in variants]
-    positions = getattr(
-        target.config.get_text_config(decoder=True), "max_position_embeddings", None
+            if (name, variant.tree) not in growers:
+                kind = Forest if type(variant.tree) is DynamicTree else OneByOne
+                grower = kind(drafters[name], target, variant.tree, records)
+                growers[name, variant.tree] = grower
+    config = target.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    walks = [_Walk(record, variants, positions) for record in records]
+    while pending := {i: walk for i, walk in enumerate(walks) if not walk.is_done}:
+        spots: dict[_Source, list[Spot]] = {}
+        for i, walk in pending.items():
+            for source in walk.ask():
+                spots.setdefault(source, []).append(Spot(i, walk.root, walk.max_depth))
+        grown: dict[int, dict[_Source, DraftTree]] = {i: {} for i in pending}
+        for source, wanted in spots.items():
+            for spot, tree in zip(wanted, growers[source].grow(wanted)):
+                grown[spot.record][source] = tree
+        for i, walk in pending.items():
+            walk.advance(grown[i])
+    return [[_cycles(run, walk.record, weights) for run in walk.runs] for walk in walks]
+
+
+def _cycles(run: _Run, record: Record, weights: Mapping[str, str]) -> Cycles:
+    return Cycles(
+        record=record.key,
+        variant=run.variant.name,
+        variant_key=run.variant.key(weights),
+        benchmark=record.benchmark,
+        category=record.category,
+        temperature=record.temperature,
+        tokens=record.num_answer_tokens,
+        **run.recorder.columns,
     )
-    for root in range(start, end):
-        # Of a path of d nodes at most d + 1 tokens are emitted.
-        room = record.max_length - 1 - root
-        room = room if positions is None else min(room, positions - root)
-        for run in runs:
-            if run.root == root:
-                _cycle(run, record, growers, room - 1)
-    return [
-        Cycles(
-            record=record.key,
-            variant=run.variant.name,
-            variant_key=run.variant.key(weights),
-            benchmark=record.benchmark,
-            category=record.category,
-            temperature=record.temperature,
-            tokens=record.num_answer_tokens,
-            **run.recorder.columns,
-        )
-        for run in runs
-    ]
 
 
-def _cycle(
-    run: _Run,
-    record: Record,
-    growers: Mapping[tuple[str, TreeShape], Forest | _Grower],
-    max_depth: int,
-) -> None:
+def _cycle(run: _Run, record: Record, grown: Mapping[int, DraftTree]) -> None:
+    """One cycle of a variant, with the trees of the drafters that it asked."""
     variant, root = run.variant, run.root
     count = len(variant.drafters)
-    trees: dict[int, DraftTree] = {}
-    if max_depth >= 1 and root >= 1:  # without a token before it there is no feature to draft from
-        for index in variant.strategy.drafters_to_run(count, run.history):
-            grown = growers[variant.drafters[index], variant.tree].at(root, max_depth)
-            trees[index] = _as_drafter(grown, index, count)
-    if trees:
+    if grown:
+        trees = {index: _as_drafter(tree, index, count) for index, tree in grown.items()}
         choice = variant.strategy.compose(trees, run.history)
         tree, chosen = choice.tree, choice.drafters
     else:

@@ -5,10 +5,10 @@ import torch
 
 from taps_hf import ChainTree, DynamicTree, FixedTree, Merged, Single, Strategy
 from taps_hf.evaluation.benchmarks import Question
-from taps_hf.evaluation.forest import Forest
+from taps_hf.evaluation.forest import Forest, Spot
 from taps_hf.evaluation.live import run_live
 from taps_hf.evaluation.records import RecordOptions, RecordStore, record
-from taps_hf.evaluation.replay import _Grower, replay
+from taps_hf.evaluation.replay import OneByOne, replay
 from taps_hf.evaluation.variants import Variant, standard_variants
 
 from ..tiny import FAMILIES, tiny_drafters, tiny_target
@@ -60,8 +60,7 @@ def test_a_replay_gives_every_cycle_of_the_live_run(tmp_path, family, temperatur
     ]
     assert len(records) == 4
     lengths = set()
-    for kept in records:
-        replayed = replay(kept, target, drafters, variants, WEIGHTS)
+    for kept, replayed in zip(records, replay(records, target, drafters, variants, WEIGHTS)):
         live = run_live(kept, target, drafters, variants, WEIGHTS, options)
         for found, expected in zip(replayed, live):
             assert expected.differs_at is None
@@ -78,13 +77,16 @@ def test_trees_grown_together_are_those_grown_alone(tmp_path, family, draft_voca
     target, _, records = make(tmp_path, 0.0, family)
     drafter = tiny_drafters(1, family, draft_vocab=draft_vocab)[0]
     shape = DynamicTree(depth=4, top_k=3, num_nodes=8)
-    kept = records[0]
-    forest = Forest(drafter, target, shape, kept, chunk=7)
-    alone = _Grower(drafter, target, shape, kept)
-    for root in range(kept.answer_start - 1, len(kept.tokens) - 1):
-        depth = min(5, len(kept.tokens) - root)
-        with torch.no_grad():
-            found, expected = forest.at(root, depth), alone.at(root, depth)
+    forest = Forest(drafter, target, shape, records)
+    alone = OneByOne(drafter, target, shape, records)
+    spots = [
+        Spot(number, root, min(5, len(kept.tokens) - root))
+        for number, kept in enumerate(records)
+        for root in range(kept.answer_start - 1, len(kept.tokens) - 1)
+    ]
+    with torch.no_grad():
+        pairs = zip(forest.grow(spots), alone.grow(spots))
+    for found, expected in pairs:
         for name in ("tokens", "parents", "depths"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
         for name in ("confidence", "path_confidence", "entropy"):
@@ -105,7 +107,7 @@ def test_entropies_and_overlap_are_those_of_the_trees(tmp_path):
         Variant("copies", ("math", "chat"), Merged(packing="concatenate"), tree),
     ]
     drafters["again"] = drafters["math"]
-    math, same, both, copies = replay(kept, target, drafters, variants, WEIGHTS)
+    ((math, same, both, copies),) = replay([kept], target, drafters, variants, WEIGHTS)
     assert set(math.overlap) == {None}
     assert {x for x in same.overlap if x is not None} == {1.0}
     assert same.accepted == math.accepted
