@@ -12,6 +12,7 @@ from taps_hf.embedded import EMBEDDED_DRAFTERS, load_embedded_target, load_embed
 
 pytestmark = pytest.mark.real
 CARDS = Path(__file__).resolve().parent.parent / "hub_cards"
+ZOO = sorted(folder.name for folder in CARDS.glob("smollm2-*"))
 QUESTIONS = {
     "math": "A baker fills 6 trays with 12 rolls each and sells 50 rolls. How many are left?",
     "chat": "My neighbour is moving away next week. What could I write on a farewell card?",
@@ -94,12 +95,24 @@ def test_specialists_are_better_at_what_they_were_trained_for(target, drafters, 
     assert tau["math"] > tau["chat"]
 
 
-def test_drafters_know_their_tokenizer(drafters, tokenizer):
-    for drafter in drafters.values():
-        assert drafter.config.tokenizer_fingerprint == taps_hf.tokenizer_fingerprint(tokenizer)
+@pytest.mark.parametrize("folder", ZOO)
+def test_every_drafter_fits_and_foresees_the_target(folder, target, tokenizer):
+    drafter = taps_hf.EagleDrafter.from_pretrained(CARDS / folder, dtype=torch.float32).eval()
+    assert drafter.config.tokenizer_fingerprint == taps_hf.tokenizer_fingerprint(tokenizer)
+    inputs = encode(tokenizer, QUESTIONS["math"])
+    plain = target.generate(**inputs, max_new_tokens=32, do_sample=False)
+    out = target.generate(
+        **inputs,
+        max_new_tokens=32,
+        do_sample=False,
+        assistant_models=[drafter],
+        return_dict_in_generate=True,
+    )
+    assert out.sequences.equal(plain)
+    assert out.draft_trace.tau > 1.3
 
 
-@pytest.mark.parametrize("folder", EMBEDDED_DRAFTERS.values())
+@pytest.mark.parametrize("folder", ZOO)
 def test_folders_are_ready_for_the_hub(folder):
     """Configuration, weights, card; nothing else. The card has a licence and the measurement."""
     assert {f.name for f in (CARDS / folder).iterdir()} == {
