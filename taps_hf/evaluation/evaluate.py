@@ -30,7 +30,7 @@ from .records import Record, RecordOptions, RecordStore, record
 from .replay import replay
 from .variants import Variant, standard_variants
 
-_SIDE_BY_SIDE = 32  # answers that are replayed together, and lost together if the run is stopped
+_SIDE_BY_SIDE = 32  # answers that are replayed together
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,12 @@ def evaluate(options: EvaluateOptions) -> None:
             for group in answers.groups(_SIDE_BY_SIDE):
                 known = {key for key in keys if all(replayed.get(kept.key, key) for kept in group)}
                 pending = [v for v in variants if v.key(weights) not in known]
-                for rows in replay(group, target, drafters, pending, weights) if pending else ():
+                if not pending:
+                    progress.update(len(group))
+                    continue
+                for rows in replay(group, target, drafters, pending, weights):
                     replayed.add(rows)
-                progress.update(len(group))
+                    progress.update()
         if not options.live:
             continue
         answers = answers.some(names, options.live)

@@ -9,7 +9,7 @@ batch ([`forest`]).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -129,7 +129,7 @@ def replay(
     drafters: Mapping[str, EagleDrafter],
     variants: Sequence[Variant],
     weights: Mapping[str, str],
-) -> list[list[Cycles]]:
+) -> Iterator[list[Cycles]]:
     """What each variant would have done on the way to the recorded answers.
 
     Args:
@@ -139,8 +139,8 @@ def replay(
         variants: what to replay, for deterministic trees (the walk).
         weights: a digest of each drafter, for the variants' keys.
 
-    Returns:
-        for each record the cycles of each variant, in their order.
+    Yields:
+        the cycles of each variant, in their order, for one record after the other, as they end.
     """
     growers: dict[_Source, Forest | OneByOne] = {}
     for variant in variants:
@@ -163,7 +163,8 @@ def replay(
                 grown[spot.record][source] = tree
         for i, walk in pending.items():
             walk.advance(grown[i])
-    return [[_cycles(run, walk.record, weights) for run in walk.runs] for walk in walks]
+            if walk.is_done:
+                yield [_cycles(run, walk.record, weights) for run in walk.runs]
 
 
 def _cycles(run: _Run, record: Record, weights: Mapping[str, str]) -> Cycles:
