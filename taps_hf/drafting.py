@@ -12,6 +12,28 @@ from .cache import InPlaceCache
 from .modeling_eagle import EagleDrafter
 from .stacking import DraftHead, kept_head, kept_stack
 
+_ROWS = 16  # distributions that are worked on at a time
+_BLOCK = 128
+
+
+def topk_by_blocks(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `values.topk(k)` in the last dimension, several times faster on a CPU where that is long.
+
+    The k largest lie in the k blocks with the largest maxima: only those are sorted. Which of equal
+    values is taken may differ.
+
+    Returns:
+        (..., k) each: the largest values, in descending order, and their indices.
+    """
+    blocks, rest = divmod(values.shape[-1], _BLOCK)
+    if values.device.type != "cpu" or rest or blocks < 2 * k:
+        return tuple(values.topk(k, dim=-1))
+    apart = values.unflatten(-1, (blocks, _BLOCK))
+    best = apart.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
+    few = apart.gather(-2, best[..., None].expand(*best.shape, _BLOCK)).flatten(-2)
+    top, where = few.topk(k, dim=-1)
+    return top, best.gather(-1, where // _BLOCK) * _BLOCK + where % _BLOCK
+
 
 @dataclass
 class Expansion:
@@ -156,9 +178,22 @@ class DrafterSession:
 
     def expand(self, hidden: torch.Tensor, k: int) -> Expansion:
         """Propose k children for each of F nodes from their predicted features (B, F, hidden)."""
-        head = self._asked.head
-        logits = head(hidden)
+        logits = self._asked.head(hidden)
         k = min(k, logits.shape[2])
+        # What is computed of a row's tens of thousands of logits should stay in a CPU's cache.
+        rows = max(_ROWS // hidden.shape[1], 1) if logits.device.type == "cpu" else len(hidden)
+        parts = [self._choose(part.float(), k) for part in logits.split(rows)]
+        tokens, log_confidence, entropy, probabilities = (
+            values[0] if len(parts) == 1 or values[0] is None else torch.cat(values)
+            for values in zip(*parts)
+        )
+        head = self._asked.head
+        if probabilities is not None:
+            probabilities = head.over_vocabulary(probabilities)
+        return Expansion(head.token_ids(tokens), log_confidence, entropy, probabilities)
+
+    def _choose(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor | None, ...]:
+        """[`Expansion`]'s fields from (B, F, scored) float32, among the scored tokens."""
         entropy = probabilities = None
         if self.sample_temperature is not None:
             logits = logits / self.sample_temperature
@@ -173,17 +208,16 @@ class DrafterSession:
             expected = torch.linalg.vecdot(odds, below)[..., None] / total
             entropy = (total.log() - expected)[..., 0]
         if self.sample_temperature is None:
-            top, tokens = logits.topk(k, dim=2)
+            top, tokens = topk_by_blocks(logits, k)
         else:
             # Gumbel top-k: the k largest perturbed logits are k draws without replacement, in
             # order (Kool, van Hoof and Welling, arXiv 1903.06059).
             gumbel = -torch.empty_like(logits).exponential_().log()
-            tokens = (logits + gumbel).topk(k, dim=2).indices
+            tokens = topk_by_blocks(logits + gumbel, k)[1]
             top = logits.gather(2, tokens)
-            probabilities = head.over_vocabulary(logits.softmax(dim=2))
+            probabilities = logits.softmax(dim=2)
         # Rounding must not make a child likelier than its parent.
-        log_confidence = (top - normaliser).clamp(max=0.0)
-        return Expansion(head.token_ids(tokens), log_confidence, entropy, probabilities)
+        return tokens, (top - normaliser).clamp(max=0.0), entropy, probabilities
 
     def _forward(
         self,

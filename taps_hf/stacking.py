@@ -136,18 +136,18 @@ class DraftHead:
         return one
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, n, scored) float32 from (B, n, hidden); with one drafter, any B."""
+        """(B, n, scored), of the head's dtype, from (B, n, hidden); with one drafter, any B."""
         # Of a slice with three dimensions torch would make a batched product, and copy the weight.
         flat = hidden.flatten(0, 1)
         if self.full is not None:
             weight = self.full.weight
             logits = self.full(flat.to(weight.device, weight.dtype)).to(self.device)
-            return logits.view(*hidden.shape[:2], -1).float()
+            return logits.view(*hidden.shape[:2], -1)
         if len(self.weight) == 1:
             bias = None if self.bias is None else self.bias[0, 0]
-            return F.linear(flat, self.weight[0], bias).view(*hidden.shape[:2], -1).float()
+            return F.linear(flat, self.weight[0], bias).view(*hidden.shape[:2], -1)
         logits = torch.bmm(hidden, self.weight.transpose(1, 2))
-        return (logits if self.bias is None else logits + self.bias).float()
+        return logits if self.bias is None else logits + self.bias
 
     def token_ids(self, scored: torch.Tensor) -> torch.Tensor:
         """Token ids (B, n, k) of positions among the scored tokens."""

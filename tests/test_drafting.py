@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taps_hf import DynamicTree, EagleDrafter
-from taps_hf.drafting import DrafterSession
+from taps_hf.drafting import DrafterSession, topk_by_blocks
 
 from .tiny import prompt, tiny_drafters, tiny_target
 
@@ -124,6 +124,35 @@ def test_expansion_against_a_direct_computation(draft_vocab, temperature):
     else:
         torch.testing.assert_close(found.probabilities[0].double(), full)
     assert each.expand(hidden[None], 99).tokens.shape == (1, 7, len(ids))
+
+
+@pytest.mark.parametrize("shape", [(3000,), (5, 1024), (2, 3, 16384), (2, 100)])
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_topk_by_blocks_is_topk(shape, k):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(k))
+    top, indices = topk_by_blocks(values, k)
+    expected = values.topk(k, dim=-1)
+    assert torch.equal(top, expected.values)
+    assert torch.equal(indices, expected.indices)
+
+
+def test_topk_by_blocks_with_equal_values():
+    values = torch.randint(0, 9, (50, 2048), generator=torch.Generator().manual_seed(0)).float()
+    top, indices = topk_by_blocks(values, 8)
+    assert torch.equal(top, values.topk(8).values)
+    assert torch.equal(values.gather(1, indices), top)
+    assert all(len(set(row)) == 8 for row in indices.tolist())
+
+
+def test_many_rows_are_expanded_as_each_alone():
+    each = session(with_entropy=True)
+    hidden = torch.randn(9, 5, 32, generator=torch.Generator().manual_seed(0))
+    together = each.expand(hidden, 4)
+    apart = [each.expand(row[None], 4) for row in hidden]
+    assert torch.equal(together.tokens, torch.cat([one.tokens for one in apart]))
+    for name in ("log_confidence", "entropy"):
+        found = torch.cat([getattr(one, name) for one in apart])
+        torch.testing.assert_close(getattr(together, name), found)
 
 
 def test_entropies_are_not_computed_unless_asked():
