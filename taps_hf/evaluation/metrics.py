@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from .measurements import Cycles
 
+Figure = Callable[[Sequence[Cycles]], float]
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -28,7 +30,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f}-{self.high:.2f})"
+        between = "-" if self.low >= 0 else " to "
+        return f"{self.value:.2f} ({self.low:.2f}{between}{self.high:.2f})"
 
 
 def accepted_length(rows: Sequence[Cycles]) -> float:
@@ -106,25 +109,68 @@ def overlap(rows: Sequence[Cycles]) -> float:
 
 
 def bootstrap(
-    figure: Callable[[Sequence[Cycles]], float],
+    figure: Figure, rows: Sequence[Cycles], level: float = 0.95, resamples: int = 1000
+) -> Estimate:
+    """A figure with its interval: percentiles over resampled questions, the same at every call."""
+    groups = _by_question(rows)
+
+    def of(keys: Sequence[str]) -> float:
+        return figure([row for key in keys for row in groups[key]])
+
+    return _percentiles(of, sorted(groups), level, resamples)
+
+
+def difference(
+    figure: Figure,
     rows: Sequence[Cycles],
+    against: Sequence[Cycles],
     level: float = 0.95,
     resamples: int = 1000,
 ) -> Estimate:
-    """A figure with its interval: percentiles over resampled questions, the same at every call."""
+    """A variant's figure less another's, with its interval: paired, over resampled questions.
+
+    Questions differ more than variants do. Pairing takes the questions' part away, so it separates
+    variants whose own intervals overlap.
+
+    Args:
+        figure: of some rows.
+        rows, against: of the two variants, on the same questions.
+        level, resamples: of the bootstrap.
+
+    Raises:
+        ValueError: if the questions are not the same.
+    """
+    ours, theirs = _by_question(rows), _by_question(against)
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            f"{len(ours.keys() ^ theirs.keys())} questions were answered by one of the variants "
+            "only, expected the same questions."
+        )
+
+    def of(keys: Sequence[str]) -> float:
+        first, second = ([row for key in keys for row in found[key]] for found in (ours, theirs))
+        return figure(first) - figure(second)
+
+    return _percentiles(of, sorted(ours), level, resamples)
+
+
+def _by_question(rows: Sequence[Cycles]) -> dict[str, list[Cycles]]:
+    """All turns of a question together."""
     groups: dict[str, list[Cycles]] = defaultdict(list)
     for row in rows:
         benchmark, question, _, temperature = row.record.rsplit("/", 3)
         groups[f"{benchmark}/{question}/{temperature}"].append(row)
-    keys = sorted(groups)
+    return groups
+
+
+def _percentiles(
+    figure: Callable[[Sequence[str]], float], keys: Sequence[str], level: float, resamples: int
+) -> Estimate:
     rng = random.Random(0)
-    found = sorted(
-        figure([row for key in rng.choices(keys, k=len(keys)) for row in groups[key]])
-        for _ in range(resamples)
-    )
+    found = sorted(figure(rng.choices(keys, k=len(keys))) for _ in range(resamples))
     tail = (1 - level) / 2
     low, high = found[int(tail * resamples)], found[int((1 - tail) * resamples) - 1]
-    return Estimate(figure(rows), low, high)
+    return Estimate(figure(keys), low, high)
 
 
 def _ratio(part: float, whole: float) -> float:

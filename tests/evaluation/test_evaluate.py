@@ -52,7 +52,7 @@ def test_one_command_writes_everything(folder, tmp_path, capsys):
             assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
     live = {row["variant"]: row for row in results["live-acceptance-t0"]}
     assert live["merged"]["speed-up sums"] > 0
-    for name in ("routing", "entropy", "depth", "overlap"):
+    for name in ("routing", "entropy", "depth", "overlap", "difference"):
         assert (out / "tables" / f"{name}-t0.csv").read_text().count("\n") > 1
     drawn = sorted(file.name for file in (out / "figures").iterdir())
     for name in ("heatmap", "depth", "entropy", "lambda"):

@@ -94,6 +94,27 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 50 <= covered <= 60
 
 
+def test_differences_are_paired():
+    """A variant that is a token better everywhere, on questions that differ by more than that."""
+    rng = random.Random(2)
+    better, worse = [], []
+    for question in range(30):
+        for turn in range(2):
+            accepted = [rng.randrange(12)] * 10
+            record = f"a/{question}/{turn}/t0"
+            worse.append(cycles(accepted, record=record))
+            better.append(cycles([n + 1 for n in accepted], record=record))
+    rng.shuffle(better)
+    found = metrics.difference(metrics.tau, better, worse)
+    assert [found.value, found.low, found.high] == pytest.approx([1.0] * 3)
+    apart = [metrics.bootstrap(metrics.tau, rows) for rows in (worse, better)]
+    assert apart[0].high > apart[1].low
+    back = metrics.difference(metrics.tau, worse, better)
+    assert str(back) == "-1.00 (-1.00 to -1.00)"
+    with pytest.raises(ValueError, match="1 questions were answered by one of the variants only"):
+        metrics.difference(metrics.tau, better, [row for row in worse if "a/7/" not in row.record])
+
+
 def test_measurements_survive_a_torn_line(tmp_path):
     file = tmp_path / "m.jsonl"
     kept = Measurements(file)
