@@ -71,6 +71,9 @@ class Variant:
         if self.strategy is None:
             return {"prompt_lookup_num_tokens": PROMPT_LOOKUP}
         tree = {} if self.tree is None else {"tree": self.tree}
+        if isinstance(self.strategy, Single):  # others would not draft, but read along
+            name = list(drafters)[self.strategy.index]
+            return {"assistant_models": [drafters[name]], **tree}
         return {"assistant_models": drafters, "strategy": self.strategy, **tree}
 
 

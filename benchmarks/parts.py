@@ -29,7 +29,7 @@ from taps_hf import (
     GenerationContext,
     merge,
 )
-from taps_hf.drafting import DrafterSession
+from taps_hf.drafting import DrafterSession, topk_by_blocks
 from taps_hf.stacking import groups_of
 from taps_hf.target import TargetSession
 from taps_hf.tree import move
@@ -155,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if drafters[0].draft_token_ids is not None:
         whole = [scoring_everything(drafter) for drafter in drafters]
         parts["draft, one drafter, full vocabulary"] = draft(whole[:1])
+    scored = drafters[0].config.draft_vocab_size or vocabulary
+    logits = torch.randn(tree.top_k, scored, device=target.device)
+    parts["children of one level, torch's topk"] = lambda: logits.topk(tree.top_k)
+    parts["children of one level, topk by blocks"] = lambda: topk_by_blocks(logits, tree.top_k)
     if len(drafters) > 1:
         parts[f"draft, {len(drafters)} drafters one by one"] = draft(*([d] for d in drafters))
         parts[f"draft, {len(drafters)} drafters as one"] = draft(drafters)

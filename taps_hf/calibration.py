@@ -31,13 +31,18 @@ class Calibration:
     def acceptance(self, tree: DraftTree) -> torch.Tensor:
         """(N,) float32: probability that a node is accepted, 1 at the root.
 
-        A node's is at most its parent's. Where several drafters propose it, the surest counts.
+        Where several drafters propose a node, the surest counts. All children of a node together
+        are at most as likely as it is: drafters that are sure of different tokens cannot all be
+        right.
 
         Args:
             tree: on the CPU.
         """
         ratio = (self._accepted / self._expected).gather(1, self._bins(tree.confidence))
-        given_parent = (tree.confidence * ratio).nan_to_num(nan=0.0).amax(dim=0).clamp(max=1.0)
+        given_parent = (tree.confidence * ratio).nan_to_num(nan=0.0).amax(dim=0)
+        below = tree.parents[1:]
+        children = torch.zeros(len(tree)).index_add_(0, below, given_parent[1:])
+        given_parent[1:] /= children[below].clamp(min=1.0)
         probability = given_parent.clone()
         probability[0] = 1.0
         for depth in range(2, tree.max_depth + 1):

@@ -151,7 +151,7 @@ class FixedTree(TreeShape):
         return len(self.paths)
 
     def __repr__(self) -> str:
-        return f"FixedTree(num_nodes={self.num_nodes}, depth={self.depth})"
+        return f"FixedTree({list(self.paths)})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FixedTree) and self.paths == other.paths

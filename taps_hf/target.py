@@ -175,8 +175,8 @@ class TargetSession:
         """What each node may attend to: the past and its ancestors, within the window if any.
 
         Returns:
-            (1, 1, N, stored + N) bool (additive for eager attention), a dictionary of such by layer
-            type for models with several types, or None where one node sees everything.
+            (1, 1, N, stored + N) bool or additive, a dictionary of such by layer type for models
+            with several types, or None where one node sees everything.
         """
         if len(tree) == 1 and self._prompt_mask is None and self._window is None:
             return None
@@ -205,8 +205,9 @@ class TargetSession:
         return past
 
     def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+        """As attention adds it: eager needs that; on a CPU sdpa would make it in every layer."""
         mask = mask[None, None]
-        if not self._eager:
+        if not self._eager and mask.device.type != "cpu":
             return mask
         zeros = torch.zeros_like(mask, dtype=self.model.dtype)
         return zeros.masked_fill(~mask, torch.finfo(self.model.dtype).min)

@@ -184,13 +184,15 @@ def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree
     # Level by level: nodes are the same when their parents are and their tokens are.
     identity = torch.zeros_like(packed.tokens)  # (packed nodes,) index in the union
     levels = [torch.zeros(1, 3, dtype=torch.long, device=packed.tokens.device)]
+    token_bits = 32  # one number for both is sorted far faster than pairs are
     size = 1
     for depth in range(1, packed.max_depth + 1):
         at = (packed.depths == depth).nonzero().squeeze(1)
-        keys = torch.stack([identity[packed.parents[at]], packed.tokens[at]], dim=1)
-        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+        keys = (identity[packed.parents[at]] << token_bits) | packed.tokens[at]
+        unique, inverse = torch.unique(keys, return_inverse=True)
         identity[at] = size + inverse
-        levels.append(torch.cat([unique, torch.full_like(unique[:, :1], depth)], dim=1))
+        parents, tokens = unique >> token_bits, unique & ((1 << token_bits) - 1)
+        levels.append(torch.stack([parents, tokens, torch.full_like(parents, depth)], dim=1))
         size += len(unique)
     nodes = torch.cat(levels)  # (N, 3): parent, token, depth
     nodes[0] = torch.stack([nodes[0, 0] - 1, packed.tokens[0], nodes[0, 2]])

@@ -16,8 +16,11 @@ from taps_hf import (
     GenerationContext,
     SpeculativeDecoding,
 )
+from taps_hf.strategies.auto import _Look
 
 from .tiny import prompt, tiny_drafters, tiny_target
+
+NAN = float("nan")
 
 
 def costs(rows: float, draft: float = 0.0, num_drafters: int = 2, plain: float = 1.0) -> Costs:
@@ -115,7 +118,7 @@ def test_the_drafter_that_helps_runs_alone_and_the_other_is_looked_at_now_and_th
     asked = [cycle(strategy, {1: 3}) for _ in range(60)][2:]
     assert set(asked) == {(1,), (0, 1)}
     looks = [i for i, a in enumerate(asked) if a == (0, 1)]
-    assert {b - a for a, b in pairwise(looks)} == {9}
+    assert {b - a for a, b in pairwise(looks)} == {8}
 
 
 def test_a_change_of_topic_brings_the_other_drafter_back():
@@ -125,6 +128,27 @@ def test_a_change_of_topic_brings_the_other_drafter_back():
     asked = [cycle(strategy, {1: 3}) for _ in range(30)]
     assert next(i for i, a in enumerate(asked) if 1 in a) <= 3  # two misses, then all are asked
     assert all(1 in a for a in asked[6:])
+
+
+def test_a_look_says_what_fewer_drafters_would_have_had():
+    #  root -> 1 (both) -> 2 (drafter 1) -> 3 (drafter 1); 4 (drafter 0) beside 1
+    known = torch.tensor([[1, 0.5, NAN, NAN, 0.2], [1, 0.5, 0.4, 0.3, NAN]])
+    parents, depths = torch.tensor([-1, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 3, 1])
+    tree = DraftTree(torch.arange(5), parents, depths, known, known)
+    look = _Look.of(((0, 1), (1,)), tree)
+    assert [look.accepted(asked) for asked in [(0,), (1,), (0, 1)]] == [1, 2, 2]
+    assert [look.nodes(asked) for asked in [(0,), (1,), (0, 1), ()]] == [2, 3, 4, 0]
+
+
+def test_a_drafter_that_brings_less_than_its_nodes_cost_does_not_run():
+    """In one of ten looks the first drafter has a token more, in all of them three nodes more."""
+    strategy = running(costs(0.12))
+    nodes = ((frozenset({0}), 3), (frozenset({1}), 3))
+    strategy._looks.extend(_Look(((1,), (0,)) if i == 5 else ((1,),), nodes) for i in range(10))
+    assert strategy._best_drafters() == (1,)
+    cheap = running(costs(0.01))
+    cheap._looks.extend(strategy._looks)
+    assert cheap._best_drafters() == (0, 1)
 
 
 def test_a_level_is_grown_if_it_is_likely_to_be_reached():

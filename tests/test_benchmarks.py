@@ -50,6 +50,18 @@ def row(**changed) -> Row:
     return Row(**{**fields, **changed})
 
 
+def test_a_single_drafter_runs_without_the_others():
+    """Drafters that run as one would read along, at a cost that is not its own."""
+    drafters = dict(zip(("math", "chat"), tiny_drafters(2)))
+    given = {way.name: way.arguments(drafters) for way in decode.variants([*drafters], [(2, 3, 6)])}
+    for name, drafter in drafters.items():
+        assert given[f"single {name} 2,3,6"]["assistant_models"] == [drafter]
+    assert given["merged 2,3,6"]["assistant_models"] == drafters
+    model = tiny_target()
+    out = model.generate(prompt(6), max_new_tokens=4, **given["single chat 2,3,6"])
+    assert out.equal(model.generate(prompt(6), max_new_tokens=4))
+
+
 def test_figures_from_known_rows():
     rows = [
         row(),

@@ -37,6 +37,16 @@ def test_a_child_is_never_likelier_than_its_parent():
     assert found[1] > 0.8  # an underconfident drafter is found out
 
 
+def test_drafters_sure_of_different_tokens_cannot_all_be_right():
+    #      root -> 1 (0.9, drafter 0), 2 (0.8, drafter 1), 3 (0.3, both); 4 under 2
+    apart = tree(
+        [[1, 0.9, NAN, 0.3, NAN], [1, NAN, 0.8, 0.1, 0.5]], [-1, 0, 0, 0, 2], [0, 1, 1, 1, 2]
+    )
+    found = Calibration(2).acceptance(apart)
+    assert found[1:4].tolist() == pytest.approx([0.9 / 2, 0.8 / 2, 0.3 / 2])
+    assert float(found[4]) == pytest.approx(0.5 * 0.8 / 2)
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
 def test_it_learns_the_rate_at_which_a_confidence_is_right(rate):
     """Against the plain frequency, by coins that fall deterministically."""

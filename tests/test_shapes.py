@@ -278,6 +278,7 @@ def test_fixed_trees_are_equal_when_their_paths_are():
     shape = FixedTree([(0, 0), (1,), (0,)])
     assert shape == FixedTree([[0], [1], [0, 0]])
     assert hash(shape) == hash(FixedTree([[0], [1], [0, 0]]))
+    assert repr(shape) == "FixedTree([(0,), (1,), (0, 0)])"
     assert (shape.depth, shape.num_nodes) == (2, 3)
     assert shape != FixedTree([(0,), (1,)])
     assert ChainTree(3) == FixedTree([(0,), (0, 0), (0, 0, 0)])

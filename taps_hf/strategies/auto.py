@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -62,6 +62,35 @@ class Auto(Strategy):
         raise RuntimeError("Auto decides by what it learns in a generation; call `begin` first.")
 
 
+@dataclass(frozen=True)
+class _Look:
+    """A cycle in which all drafters ran, to see what it would have been with some of them.
+
+    Args:
+        proposers: of each accepted token.
+        groups: of the verified nodes, how many were proposed by which drafters.
+    """
+
+    proposers: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[frozenset[int], int], ...]
+
+    @classmethod
+    def of(cls, proposers: tuple[tuple[int, ...], ...], tree: DraftTree) -> _Look:
+        """By the accepted tokens' proposers and the verified tree."""
+        known = (~tree.confidence[:, 1:].isnan()).T.tolist()
+        groups = Counter(frozenset(i for i, by in enumerate(row) if by) for row in known)
+        return cls(proposers, tuple(groups.items()))
+
+    def accepted(self, asked: Sequence[int]) -> int:
+        """Tokens that only these drafters would have had accepted."""
+        missing = (i for i, by in enumerate(self.proposers) if not set(by) & set(asked))
+        return next(missing, len(self.proposers))
+
+    def nodes(self, asked: Sequence[int]) -> int:
+        """Nodes that only these drafters would have had verified."""
+        return sum(count for by, count in self.groups if by & set(asked))
+
+
 class _Running(Strategy):
     """[`Auto`] in one generation.
 
@@ -80,8 +109,7 @@ class _Running(Strategy):
         self._everyone = tuple(range(context.num_drafters))
         self._reads_levels = context.device.type == "cpu"
         self._calibration = Calibration(context.num_drafters)
-        # Cycles in which all drafters ran: for each accepted token, who had proposed it.
-        self._looks: deque[tuple[tuple[int, ...], ...]] = deque(maxlen=self._MEMORY)
+        self._looks: deque[_Look] = deque(maxlen=self._MEMORY)
         self._since_look = 0  # cycles with a draft since the last of these
         self._pause, self._next_pause = 0, 4  # plain steps left; in the next pause
         self._misses = 0  # cycles running in which the chosen drafters brought nothing
@@ -97,7 +125,7 @@ class _Running(Strategy):
         self._asked: tuple[int, ...] = ()
         self._grown = 1  # levels
         self._union: DraftTree | None = None  # all that was proposed
-        self._verified = 0  # nodes of it
+        self._tree: DraftTree | None = None  # what of it was verified
 
     @property
     def rate(self) -> float:
@@ -110,7 +138,7 @@ class _Running(Strategy):
         if self._pause:
             self._pause -= 1
             return ()
-        due = len(self._looks) < 2 or self._since_look >= self.settings.explore
+        due = len(self._looks) < 2 or self._since_look >= self.settings.explore - 1
         if due or self._misses >= 2:
             self._asked = self._everyone
         else:
@@ -141,14 +169,13 @@ class _Running(Strategy):
             self._passes = self.costs.up_to(2 * len(union))
         seconds = self._passes[: len(union)]
         gain = torch.cat([torch.zeros(1), order.values.cumsum(0)]) - self.rate * seconds
-        self._verified = int(gain.argmax())
-        kept = (order.indices[: self._verified] + 1).sort().values
+        kept = (order.indices[: int(gain.argmax())] + 1).sort().values
         self._union = union
-        tree = union.select(torch.cat([torch.zeros(1, dtype=torch.long), kept]))
-        return Choice(tree, tuple(trees))
+        self._tree = union.select(torch.cat([torch.zeros(1, dtype=torch.long), kept]))
+        return Choice(self._tree, tuple(trees))
 
     def observe(self, outcome: CycleOutcome) -> None:
-        seconds = self.costs.target_seconds(self._verified + 1)
+        seconds = self.costs.target_seconds(1 if self._tree is None else len(self._tree))
         if self._union is not None:
             draft = self.costs.draft(self._asked)
             seconds += draft.first + (self._grown - 1) * draft.level
@@ -172,7 +199,7 @@ class _Running(Strategy):
             hits.append(node)
         self._calibration.observe(union, reached[: len(outcome.tokens)], hits)
         if self._asked == self._everyone:
-            self._looks.append(outcome.accepted)
+            self._looks.append(_Look.of(outcome.accepted, self._tree))
             self._since_look = self._misses = 0
         else:
             self._since_look += 1
@@ -180,7 +207,7 @@ class _Running(Strategy):
         chances = min(accepted + 1, self._grown)
         for depth in range(1, chances + 1):
             self._deeper += 0.05 * ((depth <= accepted) - self._deeper)
-        self._nodes += 0.2 * (self._verified - self._nodes)
+        self._nodes += 0.2 * (len(self._tree) - 1 - self._nodes)
         self._levels += 0.2 * (self._grown - self._levels)
 
     def _marginal(self) -> float:
@@ -204,12 +231,11 @@ class _Running(Strategy):
 
     def _worth(self, asked: tuple[int, ...]) -> float:
         """Tokens a cycle with these drafters brings beyond what its time brings anyway."""
+        draft = self.costs.draft(asked)
+        drafting = draft.first + (self._levels - 1) * draft.level
         weight = total = 0.0
         for age, look in enumerate(reversed(self._looks)):
-            length = next((i for i, by in enumerate(look) if not set(by) & set(asked)), len(look))
+            seconds = drafting + self.costs.target_seconds(look.nodes(asked) + 1)
             weight += self._DECAY**age
-            total += self._DECAY**age * length
-        draft = self.costs.draft(asked)
-        seconds = draft.first + (self._levels - 1) * draft.level
-        seconds += self.costs.target_seconds(round(self._nodes) + 1)
-        return 1.0 + total / weight - self.rate * seconds
+            total += self._DECAY**age * (1.0 + look.accepted(asked) - self.rate * seconds)
+        return total / weight
