@@ -10,7 +10,7 @@ import parts
 import pytest
 import torch
 from prompts import Prompt, read_prompts
-from results import HINDSIGHT, Figures, Results, Row, interval, markdown, overall
+from results import HINDSIGHT, Figures, Results, Row, faster, interval, markdown, overall
 
 from .saved import save_tiny_models
 from .tiny import prompt, tiny_drafters, tiny_target
@@ -48,6 +48,15 @@ def row(**changed) -> Row:
         "differs_at": None,
     }
     return Row(**{**fields, **changed})
+
+
+def test_variants_are_compared_as_if_timed_together():
+    ours = [row(seconds=1.0), row(seconds=2.0)]
+    theirs = [row(seconds=2.0), row(seconds=4.0)]
+    assert faster(list(zip(ours, theirs))) == pytest.approx(2.0)
+    # The same on a day on which everything took three times as long.
+    later = [row(seconds=3 * r.seconds, plain_seconds=3 * r.plain_seconds) for r in theirs]
+    assert faster(list(zip(ours, later))) == pytest.approx(2.0)
 
 
 def test_a_single_drafter_runs_without_the_others():
