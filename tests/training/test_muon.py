@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from taps_hf.training.muon import MuonWithAdamW
 from taps_hf.training.options import TrainOptions
 
 # By version: should a newer torch no longer have Muon, these tests are to fail, not to vanish.
-needs_muon = pytest.mark.skipif(torch.__version__ < "2.9", reason="needs torch 2.9")
+needs_muon = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="needs torch 2.9"
+)
 
 
 @pytest.fixture
