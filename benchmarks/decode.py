@@ -41,6 +41,7 @@ PROMPTS = [str(ROOT / "examples" / "prompts" / f"{kind}.jsonl") for kind in ("ma
 DRAFTERS = [f"{name}={ROOT / 'hub_cards' / folder}" for name, folder in EMBEDDED_DRAFTERS.items()]
 STRATEGIES = (
     "auto",
+    "auto-all",
     "prompt-lookup",
     "single",
     "confidence",
@@ -87,12 +88,15 @@ def variants(
     Args:
         drafters: their names, in the order in which `generate` gets them.
         trees: (depth, top_k, num_nodes) of each drafter's tree.
-        strategies: some of `STRATEGIES`. "merged" verifies the union of all trees, up to num_nodes
+        strategies: some of `STRATEGIES`. "auto-all" is auto with all drafters in every cycle.
+            "merged" verifies the union of all trees, up to num_nodes
             for each drafter; "merged-equal-budget" the num_nodes best of it.
     """
     found = []
     if "auto" in strategies:
         found.append(Variant("auto", Auto(), None))
+    if "auto-all" in strategies and len(drafters) > 1:
+        found.append(Variant("auto-all", Auto(explore=1), None))
     if "prompt-lookup" in strategies:
         found.append(Variant("prompt-lookup", None, None))
     for depth, top_k, num_nodes in trees:
@@ -250,6 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = load_target(options.target, options.dtype, options.device)
     dtype = model.dtype
     drafters = load_drafters(options.drafters, options.drafter_dtype, model.device)
+    if options.draft_vocab is not None:
+        for drafter in drafters.values():
+            drafter.score_only(options.draft_vocab)
 
     filler = "\n\n".join(prompt.text for prompt in prompts)
 
@@ -310,6 +317,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="default: as saved",
+    )
+    parser.add_argument(
+        "--draft-vocab", type=int, help="tokens that drafters score (default: as saved)"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
@@ -375,6 +385,7 @@ def _settings(
         "drafters": {name: _fingerprint(drafter) for name, drafter in drafters.items()},
         "dtype": options.dtype,
         "drafter_dtype": options.drafter_dtype,
+        "draft_vocab": options.draft_vocab,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
@@ -409,8 +420,9 @@ def hardware(device: torch.device) -> str:
 
 def _heading(settings: Mapping[str, Any]) -> str:
     temperature = settings["temperature"]
+    scored = f" scoring {size} tokens" if (size := settings["draft_vocab"]) else ""
     return (
-        f"{settings['target']}, {settings['dtype']}, drafters {settings['drafter_dtype']}, "
+        f"{settings['target']}, {settings['dtype']}, drafters {settings['drafter_dtype']}{scored}, "
         f"{f'temperature {temperature}' if temperature else 'greedy'}, "
         f"at most {settings['max_new_tokens']} tokens"
         f"{f', after at least {context}' if (context := settings['context']) else ''}; "

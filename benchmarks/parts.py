@@ -37,11 +37,11 @@ from taps_hf.tree import move
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
-def scoring_everything(drafter: EagleDrafter) -> EagleDrafter:
-    """The same drafter without its draft vocabulary."""
-    whole = copy.deepcopy(drafter)
-    whole.score_only(None)
-    return whole
+def scoring(drafter: EagleDrafter, tokens: int | None) -> EagleDrafter:
+    """The same drafter with so many tokens to score; None for all that the target has."""
+    other = copy.deepcopy(drafter)
+    other.score_only(tokens)
+    return other
 
 
 class Drafting:
@@ -152,10 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts["prompt, the target's pass with drafters"] = lambda: _begun(target, ids).prefill()
     parts["prompt, all drafters' pass"] = observe_prompt
     parts["draft, one drafter"] = draft(drafters[:1])
-    if drafters[0].draft_token_ids is not None:
-        whole = [scoring_everything(drafter) for drafter in drafters]
-        parts["draft, one drafter, full vocabulary"] = draft(whole[:1])
     scored = drafters[0].config.draft_vocab_size or vocabulary
+    for size in (scored // 2, scored // 4, None):
+        name = f"{vocabulary if size is None else size:,}"
+        parts[f"draft, one drafter, {name} tokens"] = draft([scoring(drafters[0], size)])
     logits = torch.randn(tree.top_k, scored, device=target.device)
     parts["children of one level, torch's topk"] = lambda: logits.topk(tree.top_k)
     parts["children of one level, topk by blocks"] = lambda: topk_by_blocks(logits, tree.top_k)

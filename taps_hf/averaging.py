@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -58,9 +59,7 @@ def average_drafters(
     average = copy.deepcopy(first)
     scored = [drafter.draft_token_ids for drafter in drafters]
     all_known = all(ids is not None for ids in scored)
-    average.score_only(
-        torch.cat([ids.to(first.device) for ids in scored]).unique() if all_known else None
-    )
+    average.score_only(_in_turns([ids.tolist() for ids in scored]) if all_known else None)
     states = [drafter.state_dict() for drafter in drafters]
     with torch.no_grad():
         for name, parameter in average.named_parameters():
@@ -70,6 +69,12 @@ def average_drafters(
     average.config.training_data = data
     average.name_or_path = average.config.name_or_path = ""  # it is not the first drafter's
     return average
+
+
+def _in_turns(ranked: Sequence[Sequence[int]]) -> torch.Tensor:
+    """All their entries, once: the first ones, then the second ones, and so on."""
+    turns = [entry for turn in zip_longest(*ranked) for entry in turn if entry is not None]
+    return torch.tensor(list(dict.fromkeys(turns)))
 
 
 def _comparable(drafter: EagleDrafter) -> dict[str, object]:

@@ -8,6 +8,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -131,9 +132,11 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
     tokens, features = session.prefill()
     groups = groups_of(drafters)
 
-    runs: dict[tuple, Callable[[], None]] = {}
-    for width in _widths(session, ids[0, -1:], tree.num_nodes * len(drafters) + 1):
-        runs["target", width] = _target_run(session, ids[0, -1:], width)
+    passes = {
+        ("target", width): _target_run(session, ids[0, -1:], width)
+        for width in _widths(session, ids[0, -1:], tree.num_nodes * len(drafters) + 1)
+    }
+    drafts: dict[tuple, Callable[[], None]] = {}
     for number, group in enumerate(groups):
         for asked in {group[:1], group}:
             for depth in (1, 3):
@@ -142,10 +145,12 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
                 )
                 drafting.observe(tokens, features)
                 drafting.ask(asked)
-                runs["draft", number, len(asked), depth] = _draft_run(
+                drafts["draft", number, len(asked), depth] = _draft_run(
                     drafting, tree, depth, tokens[-3:], features[-3:]
                 )
-    best = _time(runs, device)
+    # By turns, as in a generation: a pass leaves little of the drafters' weights in a CPU's caches.
+    turns = zip_longest(passes.items(), drafts.items())
+    best = _time(dict(run for turn in turns for run in turn if run is not None), device)
     session.release()
 
     def draft_cost(number: int, asked: int) -> DraftCost:

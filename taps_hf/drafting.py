@@ -57,7 +57,8 @@ class DrafterSession:
 
     A *slot* is one position of a drafter's context: the pair (feature at t, token at t + 1). Slots
     made of the target's true features are queued by [`observe`] and run by [`begin`] when drafters
-    are next asked, so drafters that sit out some cycles catch up in one pass.
+    are next asked, so drafters that sit out some cycles catch up in one pass. One that is asked
+    alone goes on from where all were by itself; when all are asked again, all run what came since.
 
     Tensors have a leading dimension of B trees, one for each drafter that was asked.
 
@@ -87,19 +88,22 @@ class DrafterSession:
         self.with_entropy = with_entropy
         first = self.drafters[0]
         self.device, self.dtype = first.device, first.dtype
-        self._eager = first.trunk.config._attn_implementation == "eager"
+        self._config = first.trunk.config
+        self._eager = self._config._attn_implementation == "eager"
         self._embedding = target.get_input_embeddings()
-        self._cache = InPlaceCache(DynamicCache(config=first.trunk.config))
         self._all = _Rows(
             self.indices,
             first if len(self.drafters) == 1 else kept_stack(self.drafters),
             kept_head(self.drafters, target),
-            self._cache,
+            InPlaceCache(DynamicCache(config=self._config)),
         )
+        self._alone: _Rows | None = None  # the one that was last asked alone, since all were
         self._asked = self._all  # the rows that draft in this cycle
         self._only: int | None = None
+        # What was observed since all ran; how many entries of it the one asked alone has run.
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._length = 0  # slots in the cache that hold true features
+        self._run_alone = 0
+        self._length = 0  # slots with true features of those that draft
         self._before_tree: list[int] = []
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor) -> None:
@@ -114,7 +118,7 @@ class DrafterSession:
     @property
     def has_context(self) -> bool:
         """Whether there is a slot to draft from."""
-        return bool(self._length or self._pending)
+        return bool(self._all.cache.length or self._pending)
 
     def ask(self, indices: Sequence[int]) -> None:
         """Say which of the drafters should draft from the next [`begin`] on.
@@ -128,24 +132,35 @@ class DrafterSession:
 
         Something must have been observed since the last call, as in every cycle something was.
         """
-        tokens = torch.cat([tokens.to(self.device) for tokens, _ in self._pending])
-        features = torch.cat([features.to(self.device) for _, features in self._pending])
-        self._pending.clear()
-        positions = torch.arange(self._length, self._length + len(tokens), device=self.device)
-        self._asked = self._all
-        rows = len(self.drafters)
+        new = self._pending
+        if self._only is None:
+            self._asked, self._alone = self._all, None
+            self._pending = []
+        else:
+            if self._alone is None or self._alone.indices != (self._only,):
+                self._alone, self._run_alone = self._row(self._only), 0
+            self._asked = self._alone
+            new = new[self._run_alone :]
+            self._run_alone = len(self._pending)
+        tokens = torch.cat([tokens.to(self.device) for tokens, _ in new])
+        features = torch.cat([features.to(self.device) for _, features in new])
+        rows = len(self._asked.indices)
+        start = self._asked.cache.length
+        self._length = start + len(tokens)
+        positions = torch.arange(start, self._length, device=self.device)
         hidden = self._forward(
             tokens.expand(rows, -1), features.expand(rows, -1, -1), positions, None
-        )[:, -1:]
-        self._length += len(tokens)
-        self._before_tree = self._cache.stored_lengths()
-        if self._only is None:
-            return hidden
-        row = self.indices.index(self._only)
-        self._asked = _Rows(
-            (self._only,), self.drafters[row], self._all.head.row(row), self._cache.row(row)
         )
-        return hidden[row : row + 1]
+        self._before_tree = self._asked.cache.stored_lengths()
+        return hidden[:, -1:]
+
+    def _row(self, index: int) -> _Rows:
+        """One of the drafters, from where all were."""
+        row = self.indices.index(index)
+        cache = self._all.cache
+        # Nothing to go on from: layers get their batch size with their first states.
+        alone = cache.row(row) if cache.length else InPlaceCache(DynamicCache(config=self._config))
+        return _Rows((index,), self.drafters[row], self._all.head.row(row), alone)
 
     @property
     def asked(self) -> tuple[int, ...]:
@@ -174,7 +189,7 @@ class DrafterSession:
 
     def end(self) -> None:
         """Drop the trees' slots: the next cycle has true features for what was accepted."""
-        self._cache.keep(self._before_tree, [])
+        self._asked.cache.keep(self._before_tree, [])
 
     def expand(self, hidden: torch.Tensor, k: int) -> Expansion:
         """Propose k children for each of F nodes from their predicted features (B, F, hidden)."""

@@ -54,7 +54,8 @@ class EagleDrafter(PreTrainedModel):
         if not config.input_norm:
             trunk.layers[0].input_layernorm = nn.Identity()
         self.trunk = trunk
-        # (draft_vocab_size,) int64, ascending: the tokens that the drafter scores; None for all.
+        # (draft_vocab_size,) int64, the most frequent first: the tokens that the drafter scores;
+        # None for all.
         size = config.draft_vocab_size
         self.register_buffer("draft_token_ids", None if size is None else torch.arange(size))
         self.post_init()
@@ -63,19 +64,18 @@ class EagleDrafter(PreTrainedModel):
     def from_target(
         cls,
         target: PreTrainedModel,
-        draft_token_ids: torch.Tensor | None = None,
+        draft_token_ids: torch.Tensor | int | None = None,
         **config_kwargs: Any,
     ) -> EagleDrafter:
         """A randomly initialised drafter that fits `target`, in the target's dtype, on its device.
 
         Args:
             target: the model to be accelerated.
-            draft_token_ids: int64 of shape (draft_vocab_size,): the tokens the drafter scores,
-                without repetition. `None` means the whole vocabulary.
+            draft_token_ids: see [`score_only`].
             **config_kwargs: fields of [`EagleDrafterConfig`].
 
         Raises:
-            ValueError: if `draft_token_ids` repeats or exceeds the vocabulary.
+            ValueError: as [`score_only`].
         """
         config = EagleDrafterConfig.from_target(target.config, **config_kwargs)
         # Not cls(config).to(dtype): that would round the rotary frequencies too, and a checkpoint
@@ -84,17 +84,33 @@ class EagleDrafter(PreTrainedModel):
         drafter.score_only(draft_token_ids)
         return drafter.to(target.device)
 
-    def score_only(self, draft_token_ids: torch.Tensor | None) -> None:
+    def score_only(self, draft_token_ids: torch.Tensor | int | None) -> None:
         """Change which tokens the drafter scores: its weights do not depend on that.
 
+        Fewer make drafting faster, as the head is most of a small drafter's step, and propose a
+        little worse. What is generated stays the same.
+
         Args:
-            draft_token_ids: int64 of shape (draft_vocab_size,), without repetition; None for all.
+            draft_token_ids: int64 of shape (draft_vocab_size,), without repetition, the most
+                frequent first; None for all. A number keeps the first so many of those scored now
+                (of all: the lowest, as tokenizers learn frequent tokens first).
 
         Raises:
-            ValueError: if they repeat or exceed the vocabulary.
+            ValueError: if they repeat or exceed the vocabulary, or if there are not so many.
         """
+        if isinstance(draft_token_ids, int):
+            scored = self.draft_token_ids
+            if scored is None:
+                scored = torch.arange(self.config.vocab_size)
+            if not 0 < draft_token_ids <= len(scored):
+                raise ValueError(
+                    f"`draft_token_ids` is {draft_token_ids}, expected 1 to {len(scored)}, the "
+                    "number of tokens that the drafter scores."
+                )
+            draft_token_ids = scored[:draft_token_ids].clone()
         if draft_token_ids is not None:
-            ids = draft_token_ids.unique().to(self.device)
+            draft_token_ids = draft_token_ids.to(self.device)
+            ids = draft_token_ids.unique()
             known = (ids >= 0) & (ids < self.config.vocab_size)
             if not len(ids) or len(ids) < len(draft_token_ids) or not known.all():
                 raise ValueError(
@@ -102,7 +118,6 @@ class EagleDrafter(PreTrainedModel):
                     f"distinct and {int(known.sum())} of these token ids; expected one or more, "
                     f"all distinct and from 0 to {self.config.vocab_size - 1}."
                 )
-            draft_token_ids = ids
         self.draft_token_ids = draft_token_ids
         self.config.draft_vocab_size = None if draft_token_ids is None else len(draft_token_ids)
 

@@ -92,7 +92,8 @@ def test_saved_and_new_drafters_can_be_averaged(tmp_path):
     ("vocabularies", "expected"),
     [
         (([1, 4, 9], [1, 4, 9]), [1, 4, 9]),
-        (([1, 4, 9], [0, 4]), [0, 1, 4, 9]),
+        (([1, 4, 9], [0, 4]), [1, 0, 4, 9]),
+        (([9, 4], [3, 9, 1]), [9, 3, 4, 1]),
         (([1, 4, 9], None), None),
         ((None, [1, 4, 9]), None),
     ],

@@ -140,8 +140,9 @@ def test_interval_of_a_median_narrows_and_repeats():
 
 def test_variants():
     ways = decode.variants(["math", "chat"], [(3, 8, 8), (5, 8, 24)])
-    assert [way.name for way in ways][:9] == [
+    assert [way.name for way in ways][:10] == [
         "auto",
+        "auto-all",
         "prompt-lookup",
         "single math 3,8,8",
         "single chat 3,8,8",
@@ -151,8 +152,8 @@ def test_variants():
         "merged-equal-budget 3,8,8",
         "concatenated 3,8,8",
     ]
-    assert len(ways) == 16
-    assert ways[14].strategy.num_nodes == 24
+    assert len(ways) == 17
+    assert ways[15].strategy.num_nodes == 24
     found = decode.variants(["only"], [(2, 4, 4)])
     assert [way.name for way in found] == ["auto", "prompt-lookup", "single only 2,4,4"]
 
@@ -194,6 +195,7 @@ def test_main_writes_a_table_and_resumes(models, questions, tmp_path, capsys, mo
     assert "**questions**, 2 prompts" in table
     assert "| single math 2,4,4 |" in table
     assert "0 of 6 answers differ" in table
+    assert "drafters auto, greedy" in table
     assert str(tmp_path) not in table  # commands are shown without this machine's folders
     before = json.loads(out.read_text())["rows"]
     assert len(before) == 6
@@ -215,8 +217,26 @@ def test_main_writes_a_table_and_resumes(models, questions, tmp_path, capsys, mo
     assert not calls
     assert json.loads(out.read_text())["rows"] == after
 
-    with pytest.raises(ValueError, match="was measured with max_new_tokens 6, this is 7"):
-        decode.main([*command, *more, "--max-new-tokens", "7"])
+    for option, value, message in [
+        ("--max-new-tokens", "7", "max_new_tokens 6, this is 7"),
+        ("--draft-vocab", "5", "draft_vocab None, this is 5"),
+    ]:
+        with pytest.raises(ValueError, match=f"was measured with .*{message}"):
+            decode.main([*command, *more, option, value])
+
+
+def test_drafters_may_score_fewer_tokens(models, questions, monkeypatch, capsys):
+    sizes = []
+    measure = decode.measure
+    monkeypatch.setattr(
+        decode,
+        "measure",
+        lambda *a: sizes.extend(len(d.draft_token_ids) for d in a[1].values()) or measure(*a),
+    )
+    command = [*models, "--max-new-tokens", "4", "--strategies", "auto", "--draft-vocab", "5"]
+    assert decode.main([*command, "--prompts", f"{questions}:1"]) == 0
+    assert {*sizes} == {5}
+    assert "drafters auto scoring 5 tokens, greedy" in capsys.readouterr().out
 
 
 def test_main_fails_where_float32_differs(models, questions, monkeypatch, capsys):
@@ -249,7 +269,7 @@ def test_memory_is_that_of_weights_head_rows_and_cache():
 
 def test_the_drafter_that_scores_everything_drafts_alike():
     (drafter,) = tiny_drafters(1, draft_vocab=6)
-    whole = parts.scoring_everything(drafter)
+    whole = parts.scoring(drafter, None)
     assert whole.draft_token_ids is None
     x = torch.randn(2, 1, 4, 32)
     with torch.no_grad():

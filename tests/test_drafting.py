@@ -62,7 +62,7 @@ def test_end_forgets_the_tree(family):
         each.observe(tokens[:20], features[:20])
     hidden = drafted.begin()
     undisturbed.begin()
-    layer = drafted._cache.cache.layers[0]
+    layer = drafted._asked.cache.cache.layers[0]
     keys, values = layer.keys.clone(), layer.values.clone()
     children = drafted.expand(hidden, 3).tokens[:, 0]
     visible = torch.eye(3, dtype=torch.bool)[None]

@@ -114,10 +114,25 @@ def test_the_draft_vocabulary_is_part_of_the_checkpoint(tmp_path, dtype):
     drafter.save_pretrained(tmp_path)
     loaded = EagleDrafter.from_pretrained(tmp_path)
     for each in (drafter, loaded):
-        assert each.draft_token_ids.tolist() == [2, 7, 11]
+        assert each.draft_token_ids.tolist() == [11, 2, 7]
         assert each.draft_token_ids.dtype == torch.int64
         assert each.config.draft_vocab_size == 3
     assert tiny_drafters(1)[0].draft_token_ids is None
+
+
+def test_a_draft_vocabulary_can_be_cut_to_its_most_frequent_tokens(tmp_path):
+    drafter = EagleDrafter.from_target(tiny_target(), draft_token_ids=torch.tensor([11, 2, 7]))
+    drafter.score_only(2)
+    drafter.save_pretrained(tmp_path)
+    loaded = EagleDrafter.from_pretrained(tmp_path)
+    for each in (drafter, loaded):
+        assert each.draft_token_ids.tolist() == [11, 2]
+        assert each.config.draft_vocab_size == 2
+    whole = EagleDrafter.from_target(tiny_target(), draft_token_ids=3)
+    assert whole.draft_token_ids.tolist() == [0, 1, 2]
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"`draft_token_ids` is {count}, expected 1 to 2"):
+            drafter.score_only(count)
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,21 @@ def test_a_stack_computes_what_its_drafters_compute(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft_vocab", [None, 6])
 @pytest.mark.parametrize("shape", [DynamicTree(4, 3, 12), ChainTree(3)])
-def test_drafters_run_as_one_grow_the_trees_they_grow_apart(family, draft_vocab, shape):
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [[0, 1, 2], [1], [1], [2], [0, 2], [0], [0], [0, 1, 2]],
+        [[1], [1], [2], [1], [0, 1, 2], [2], [0, 1, 2]],
+    ],
+)
+def test_drafters_run_as_one_grow_the_trees_they_grow_apart(family, draft_vocab, shape, rounds):
     """Whoever is asked, and whoever sat out before."""
     drafters = tiny_drafters(3, family, draft_vocab=draft_vocab)
     target = tiny_target(family)
     together = DrafterSession(drafters, target, range(3), 3, with_entropy=True)
     apart = [DrafterSession([d], target, [i], 3, with_entropy=True) for i, d in enumerate(drafters)]
-    tokens, features = context(family)
-    rounds = [[0, 1, 2], [1], [2], [0, 2], [0, 1, 2]]
-    for asked, chunk in zip(rounds, torch.arange(len(tokens)).split(5)):
+    tokens, features = context(family, 4 * len(rounds))
+    for asked, chunk in zip(rounds, torch.arange(len(tokens)).split(4), strict=True):
         for session in (together, *apart):
             session.observe(tokens[chunk], features[chunk])
         root = tokens[chunk][-1:]

@@ -138,7 +138,7 @@ def measures_of(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def frequent_tokens(examples: Sequence[Example], size: int, vocab_size: int) -> torch.Tensor:
-    """The `size` tokens most frequent in the answers: (size,) int64, ascending.
+    """The `size` tokens most frequent in the answers, these first: (size,) int64.
 
     Tokens that never occur come last, by their ids: tokenizers learn frequent ones first.
 
@@ -151,7 +151,7 @@ def frequent_tokens(examples: Sequence[Example], size: int, vocab_size: int) -> 
     for example in examples:
         counts.update(t for t, answer in zip(example.input_ids, example.is_answer) if answer)
     ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
-    return torch.tensor(sorted(ranked[:size]))
+    return torch.tensor(ranked[:size])
 
 
 def coverage(examples: Sequence[Example], tokens: torch.Tensor) -> float:
