@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from taps_hf import EagleDrafter
 from taps_hf.embedded import (
+    EMBEDDED_DRAFT_VOCAB,
     EMBEDDED_DRAFTERS,
     load_embedded_target,
     load_embedded_tokenizer,
@@ -31,7 +32,7 @@ DRAFTERS = {
 
 
 def argument_parser(description: str | None, max_new_tokens: int) -> argparse.ArgumentParser:
-    """A parser that knows `--target`, `--drafters` and `--max-new-tokens`."""
+    """A parser that knows `--target`, `--drafters`, `--draft-vocab` and `--max-new-tokens`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,8 +43,14 @@ def argument_parser(description: str | None, max_new_tokens: int) -> argparse.Ar
         "--drafters",
         nargs="+",
         metavar="NAME=PATH",
-        default=[f"{name}={path}" for name, path in DRAFTERS.items()],
         help="folders or Hub names of drafters (default: math and chat, from hub_cards/)",
+    )
+    parser.add_argument(
+        "--draft-vocab",
+        type=int,
+        metavar="N",
+        help=f"tokens that drafters score (default: {EMBEDDED_DRAFT_VOCAB} with those of "
+        "hub_cards/, otherwise as saved)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
     return parser
@@ -60,18 +67,32 @@ def load_target(
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
-def load_drafters(named: list[str]) -> dict[str, EagleDrafter]:
+def load_drafters(
+    named: list[str] | None = None, draft_vocab: int | None = None
+) -> dict[str, EagleDrafter]:
     """Drafters by name, in the dtype they were saved in.
 
     A bfloat16 drafter is fine for a float32 target: only what is proposed depends on it.
 
+    Args:
+        named: NAME=PATH each; None for those in hub_cards/.
+        draft_vocab: tokens to score, the most frequent ones; None for as many as pay on a CPU of
+            those in hub_cards/, and for those that others score.
+
     Raises:
         ValueError: unless every entry of `named` is NAME=PATH, with distinct names.
     """
+    if named is None:
+        named = [f"{name}={path}" for name, path in DRAFTERS.items()]
+        draft_vocab = EMBEDDED_DRAFT_VOCAB if draft_vocab is None else draft_vocab
     paths = dict(entry.partition("=")[::2] for entry in named)
     if len(paths) < len(named) or not all(name and path for name, path in paths.items()):
         raise ValueError(f"`--drafters` is {named}, expected NAME=PATH with distinct names.")
-    return {name: EagleDrafter.from_pretrained(path).eval() for name, path in paths.items()}
+    drafters = {name: EagleDrafter.from_pretrained(path).eval() for name, path in paths.items()}
+    if draft_vocab is not None:
+        for drafter in drafters.values():
+            drafter.score_only(draft_vocab)
+    return drafters
 
 
 def prompts(kind: str) -> list[str]:

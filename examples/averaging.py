@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of tau, drafters by kinds of prompt; returns the exit status."""
     options = argument_parser(__doc__, max_new_tokens=64).parse_args(argv)
     model, tokenizer = load_target(options.target)
-    drafters = load_drafters(options.drafters)
+    drafters = load_drafters(options.drafters, options.draft_vocab)
     ways = {name: [drafter] for name, drafter in drafters.items()}
     ways["average"] = [average_drafters(list(drafters.values()))]
     ways["merged"] = list(drafters.values())

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare it with "merged"; returns 1 if an answer differs from plain generate's, else 0."""
     options = argument_parser(__doc__, max_new_tokens=64).parse_args(argv)
     model, tokenizer = load_target(options.target)
-    drafters = load_drafters(options.drafters)
+    drafters = load_drafters(options.drafters, options.draft_vocab)
     settings = {"do_sample": False, "max_new_tokens": options.max_new_tokens}
 
     status = 0

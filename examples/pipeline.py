@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the pipeline's answers; returns 1 if one differs without drafters, else 0."""
     options = argument_parser(__doc__, max_new_tokens=64).parse_args(argv)
     model, tokenizer = load_target(options.target)
-    drafters = load_drafters(options.drafters)
+    drafters = load_drafters(options.drafters, options.draft_vocab)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     settings = {
         "do_sample": False,

@@ -20,7 +20,7 @@ import torch
 from _common import answer_tokens, argument_parser, encode, load_drafters, load_target, prompts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taps_hf import DraftTrace, DynamicTree, get_strategy, list_strategies
+from taps_hf import DraftTrace, DynamicTree, EagleDrafter, get_strategy, list_strategies
 
 KINDS = ("math", "chat")
 COLOURS = (36, 35, 33, 34)  # ANSI, one for each drafter; several at once are green
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load_target(options.target, dtype)
-        drafters = load_drafters(options.drafters)
+        drafters = load_drafters(options.drafters, options.draft_vocab)
         name = str(dtype).removeprefix("torch.")
-        say_heading(name, list(drafters), options.strategy, tree)
+        say_heading(name, drafters, options.strategy, tree)
         generate = {"do_sample": False, "max_new_tokens": options.max_new_tokens}
         speculate = {**generate, **settings, "assistant_models": drafters}
         results[name] = []
@@ -104,8 +104,15 @@ def compare(
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def say_heading(dtype: str, names: list[str], strategy: str, tree: DynamicTree) -> None:
-    print(f"\n=== {dtype}: drafters {', '.join(names)}; strategy {strategy!r}; {tree}")
+def say_heading(
+    dtype: str, drafters: Mapping[str, EagleDrafter], strategy: str, tree: DynamicTree
+) -> None:
+    names = list(drafters)
+    scoring = ", ".join(
+        f"{name} (scoring {drafter.config.draft_vocab_size or drafter.config.vocab_size:,} tokens)"
+        for name, drafter in drafters.items()
+    )
+    print(f"\n=== {dtype}: drafters {scoring}; strategy {strategy!r}; {tree}")
     if dtype == "float32":
         ways = [((i,), f"drafted by {name}") for i, name in enumerate(names)]
         ways += [((0, 1), "by several drafters")] if len(names) > 1 else []

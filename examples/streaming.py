@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("prompt", nargs="?", default=prompts("chat")[0])
     options = parser.parse_args(argv)
     model, tokenizer = load_target(options.target)
-    drafters = load_drafters(options.drafters)
+    drafters = load_drafters(options.drafters, options.draft_vocab)
 
     print(f"> {options.prompt}\n")
     output = model.generate(

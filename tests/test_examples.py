@@ -155,6 +155,16 @@ def test_averaging_compares_tau(arguments, capsys):
     assert all(1 <= value <= 13 for values in taus.values() for value in values)
 
 
+def test_drafters_score_what_was_asked_for():
+    ours = _common.load_drafters()
+    saved = _common.load_drafters([f"{name}={path}" for name, path in _common.DRAFTERS.items()])
+    for name, drafter in ours.items():
+        assert drafter.draft_token_ids.tolist() == saved[name].draft_token_ids[:4096].tolist()
+        assert len(saved[name].draft_token_ids) == 16384
+    (fewer,) = _common.load_drafters([f"math={_common.DRAFTERS['math']}"], 7).values()
+    assert fewer.config.draft_vocab_size == 7
+
+
 def test_drafters_are_named_once():
     with pytest.raises(ValueError, match="expected NAME=PATH with distinct names"):
         _common.load_drafters(["a=x", "a=y"])

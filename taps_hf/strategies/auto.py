@@ -23,12 +23,12 @@ class Auto(Strategy):
     A cycle brings tokens and takes time. With r the tokens per second that the generation reaches
     anyway, an action that brings g tokens more and takes c seconds more is worth taking if
     g - r c > 0 (the renewal-reward rule for the largest long-run ratio). By that rule each cycle
-    decides which drafters draft, after each level whether to grow another, and which nodes of the
-    union are verified, down to none: a plain step.
+    decides after each level whether to grow another, and which nodes of the union are verified.
+    Which drafters draft, down to none (a plain step), is decided by the ratio itself.
 
     * c comes from [`costs.Costs`], measured once on this machine.
     * g comes from the drafters' confidences, calibrated by what was accepted ([`Calibration`]).
-    * Which drafters: those whose proposals would have paid in the last cycles in which all of them
+    * Which drafters: those that alone would have been the fastest in the last cycles in which all
       ran. All run in every `explore`-th cycle, and when the chosen ones fail twice running; so a
       change of topic is noticed within `explore` cycles.
     * If no choice beats plain steps, a few plain steps follow before all drafters are tried again:
@@ -100,6 +100,8 @@ class _Running(Strategy):
         context: of the generation.
     """
 
+    _FIRST_PAUSE = 4  # plain steps
+    _LOOKS_TO_GIVE_UP = 4  # before the first pause; later ones need two
     _MEMORY = 12  # looks that are remembered
     _DECAY = 0.85  # of a look's weight, for each later one
     _RATE_DECAY = 0.9  # of tokens and seconds, for each later cycle
@@ -111,7 +113,7 @@ class _Running(Strategy):
         self._calibration = Calibration(context.num_drafters)
         self._looks: deque[_Look] = deque(maxlen=self._MEMORY)
         self._since_look = 0  # cycles with a draft since the last of these
-        self._pause, self._next_pause = 0, 4  # plain steps left; in the next pause
+        self._pause, self._pauses = 0, 0  # plain steps left; pauses running
         self._misses = 0  # cycles running in which the chosen drafters brought nothing
         self._passes = costs.up_to(128)  # by number of rows; grows with the trees
         self._plain = costs.target_seconds(1)
@@ -141,14 +143,17 @@ class _Running(Strategy):
         due = len(self._looks) < 2 or self._since_look >= self.settings.explore - 1
         if due or self._misses >= 2:
             self._asked = self._everyone
-        else:
-            self._asked = self._best_drafters()
-            if not self._asked:  # drafting does not pay: come back later
-                self._pause = self._next_pause - 1
-                self._next_pause = min(2 * self._next_pause, self.settings.longest_pause)
-                self._looks.clear()
-            else:
-                self._next_pause = 4
+            return self._asked
+        self._asked = self._best_drafters()
+        if self._asked:
+            self._pauses = 0
+        elif self._pauses == 0 and len(self._looks) < self._LOOKS_TO_GIVE_UP:
+            self._asked = self._everyone
+        else:  # drafting does not pay: come back later
+            steps = min(self._FIRST_PAUSE * 2**self._pauses, self.settings.longest_pause)
+            self._pause = steps - 1
+            self._pauses += 1
+            self._looks.clear()
         return self._asked
 
     def go_on(self, depth: int, log_path: torch.Tensor) -> bool:
@@ -216,26 +221,24 @@ class _Running(Strategy):
         return max(self.costs.target_seconds(rows + 1) - self.costs.target_seconds(rows), 0.0)
 
     def _best_drafters(self) -> tuple[int, ...]:
-        """Those worth most by the last looks, none if plain steps are: grown one by one."""
+        """The fastest by the last looks, none if plain steps are: grown one by one."""
         best: tuple[int, ...] = ()
-        worth = 1.0 - self.rate * self._plain
+        rate = 1.0 / self._plain
         while True:
-            found = [
-                (self._worth(tuple(sorted((*best, index)))), tuple(sorted((*best, index))))
-                for index in self._everyone
-                if index not in best
-            ]
-            if not found or max(found)[0] <= worth:
+            more = [tuple(sorted((*best, index))) for index in self._everyone if index not in best]
+            found = [(self._rate_with(asked), asked) for asked in more]
+            if not found or max(found)[0] <= rate:
                 return best
-            worth, best = max(found)
+            rate, best = max(found)
 
-    def _worth(self, asked: tuple[int, ...]) -> float:
-        """Tokens a cycle with these drafters brings beyond what its time brings anyway."""
+    def _rate_with(self, asked: tuple[int, ...]) -> float:
+        """Tokens per second that these drafters would have reached in the last looks."""
         draft = self.costs.draft(asked)
         drafting = draft.first + (self._levels - 1) * draft.level
-        weight = total = 0.0
+        tokens = seconds = 0.0
         for age, look in enumerate(reversed(self._looks)):
-            seconds = drafting + self.costs.target_seconds(look.nodes(asked) + 1)
-            weight += self._DECAY**age
-            total += self._DECAY**age * (1.0 + look.accepted(asked) - self.rate * seconds)
-        return total / weight
+            weight = self._DECAY**age
+            tokens += weight * (1.0 + look.accepted(asked))
+            nodes = look.nodes(asked)
+            seconds += weight * (drafting + self.costs.target_seconds(nodes + 1))
+        return tokens / seconds
