@@ -21,9 +21,11 @@ from .stacking import groups_of, stacking_key
 from .target import TargetSession
 from .tree import DraftTree, move
 
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# Rows of a pass, the most telling first: matrix units work in tiles of 16 rows, so there are steps.
+_WIDTHS = (1, 16, 17, 32, 33, 8, 64, 48, 49, 4, 65, 96, 2, 12, 24, 128)
 _PAST = 64  # tokens before the root while measuring, unless the target takes fewer
-_SECONDS = 1.2  # after warming up; one pass of each kind is made even if that takes longer
+_SECONDS = 1.6  # in all; one pass of each kind is made even if that takes longer
+_ROUNDS = 3  # that widths are chosen for
 
 _Key = TypeVar("_Key")
 
@@ -158,7 +160,7 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
         return DraftCost(first, max(third - first, 0.0) / 2)
 
     return Costs(
-        tuple((key[1], seconds) for key, seconds in best.items() if key[0] == "target"),
+        _ascending([(key[1], seconds) for key, seconds in best.items() if key[0] == "target"]),
         tuple(groups),
         tuple(draft_cost(number, 1) for number in range(len(groups))),
         tuple(draft_cost(number, len(group)) for number, group in enumerate(groups)),
@@ -166,15 +168,22 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
 
 
 def _widths(session: TargetSession, token: torch.Tensor, most: int) -> list[int]:
-    """The widths to measure up to `most`: fewer where a pass is long."""
-    widths = [width for width in _WIDTHS if width < most] + [most]
+    """The widths to measure up to `most`, ascending: fewer where a pass is long."""
     run = _target_run(session, token, 1)
+    run()  # the first takes longer
     (seconds,) = _time({"one": run}, session.device, seconds=0.0).values()
-    affordable = max(int(_SECONDS / (4 * seconds)), 3)
-    if affordable < len(widths):
-        step = (len(widths) - 1) / (affordable - 1)
-        widths = sorted({widths[round(i * step)] for i in range(affordable)})
-    return widths
+    affordable = max(int(_SECONDS / (1.5 * _ROUNDS * seconds)), 3)  # wider passes take longer
+    wanted = dict.fromkeys((1, most, *(width for width in _WIDTHS if width < most)))
+    return sorted(list(wanted)[:affordable])
+
+
+def _ascending(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """By width, no pass longer than a wider one: others on the machine only ever add to a time."""
+    least, found = float("inf"), []
+    for width, seconds in sorted(points, reverse=True):
+        least = min(least, seconds)
+        found.append((width, least))
+    return tuple(reversed(found))
 
 
 def _target_run(session: TargetSession, token: torch.Tensor, width: int) -> Callable[[], None]:
@@ -206,7 +215,7 @@ def _draft_run(
 def _time(
     runs: Mapping[_Key, Callable[[], None]], device: torch.device, seconds: float = _SECONDS
 ) -> dict[_Key, float]:
-    """The shortest of several times of each: others on the machine only ever add to it."""
+    """The shortest time of each, in as many rounds as fit: others on the machine only add to it."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -214,12 +223,11 @@ def _time(
         return time.perf_counter()
 
     best: dict[_Key, float] = {}
-    for run in runs.values():  # first passes cost more than later ones
-        run()
-    began = now()
-    while not best or now() - began < seconds:
+    began, rounds = now(), 0
+    while not rounds or (now() - began) * (1 + 1 / rounds) < seconds:
         for key, run in runs.items():
             start = now()
             run()
             best[key] = min(best.get(key, float("inf")), now() - start)
+        rounds += 1
     return best

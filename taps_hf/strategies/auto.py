@@ -14,6 +14,8 @@ from ..costs import Costs
 from ..tree import DraftTree, merge
 from .base import Choice, CycleOutcome, GenerationContext, Strategy, register_strategy
 
+_TILE = 16  # rows; the cost of a pass may rise in steps of so many
+
 
 @register_strategy("auto")
 @dataclass(frozen=True)
@@ -216,9 +218,10 @@ class _Running(Strategy):
         self._levels += 0.2 * (self._grown - self._levels)
 
     def _marginal(self) -> float:
-        """Seconds for one node more."""
+        """Seconds for one node more, steps evened out."""
         rows = round(self._nodes) + 1
-        return max(self.costs.target_seconds(rows + 1) - self.costs.target_seconds(rows), 0.0)
+        more = self.costs.target_seconds(rows + _TILE) - self.costs.target_seconds(rows)
+        return max(more, 0.0) / _TILE
 
     def _best_drafters(self) -> tuple[int, ...]:
         """The fastest by the last looks, none if plain steps are: grown one by one."""
