@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .costs import measure_costs
+from .costs import learnt_costs
 from .drafting import DrafterSession
 from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
@@ -54,7 +54,7 @@ class TreeCandidateGenerator(CandidateGenerator):
         self._num_drafters = len(drafters)
         self.strategy = strategy.begin(
             GenerationContext(
-                len(drafters), target.device, lambda: measure_costs(target, drafters, tree)
+                len(drafters), target.device, lambda: learnt_costs(target, drafters, tree)
             )
         )
         self._sessions = [

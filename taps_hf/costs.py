@@ -84,7 +84,89 @@ class Costs:
         return DraftCost(first, level)
 
 
-_measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, Costs]]
+class LearntCosts:
+    """Latencies measured beforehand, corrected by what passes and drafts of generations took.
+
+    A few passes are timed beforehand, and on a machine that others use as well that says little of
+    the difference between 16 rows and 17. What is learnt are proportions: of passes to passes, and
+    of drafts to passes. That everything is slower at times changes nothing.
+
+    Args:
+        measured: beforehand.
+    """
+
+    _BELIEF = 8.0  # passes' worth of belief in what was measured
+    _KEPT = 200.0  # passes that are remembered; older ones fade
+    _PACE = 0.1  # weight of one pass in the pace of late
+
+    def __init__(self, measured: Costs) -> None:
+        self.measured = measured
+        self._lock = threading.Lock()
+        self._pace: float | None = None  # seconds over those measured, of late
+        # Of each measured width and of drafts: weight, and weighted seconds over those expected.
+        self._passes = [[self._BELIEF, self._BELIEF] for _ in measured.target]
+        self._drafts = [self._BELIEF, self._BELIEF]
+
+    def observe(
+        self, rows: int, seconds: float, asked: Sequence[int], levels: int, seconds_draft: float
+    ) -> None:
+        """Learn from one cycle.
+
+        Args:
+            rows: of the target's pass.
+            seconds: that it took.
+            asked: the drafters that drafted; none if nobody did.
+            levels: that they grew.
+            seconds_draft: that this took.
+        """
+        ratio = seconds / self.measured.target_seconds(rows)
+        with self._lock:
+            if self._pace is None:
+                self._pace = ratio
+            relative = self._learn(
+                ratio, [(self._passes[i], share) for i, share in self._shares(rows)]
+            )
+            if asked:
+                draft = self.measured.draft(asked)
+                expected = draft.first + (levels - 1) * draft.level
+                self._learn(seconds_draft / expected, [(self._drafts, 1.0)])
+            self._pace *= relative**self._PACE
+
+    @property
+    def costs(self) -> Costs:
+        """What is known by now, as if measured at the pace of then."""
+        with self._lock:
+            drafts = self._drafts[1] / self._drafts[0]
+            target = [
+                (width, seconds * total / weight)
+                for (width, seconds), (weight, total) in zip(self.measured.target, self._passes)
+            ]
+        one, everyone = (
+            tuple(DraftCost(cost.first * drafts, cost.level * drafts) for cost in costs)
+            for costs in (self.measured.one, self.measured.all)
+        )
+        return Costs(_ascending(target), self.measured.groups, one, everyone)
+
+    def _learn(self, ratio: float, where: Sequence[tuple[list[float], float]]) -> float:
+        """Add seconds over those measured to what is known; returns them relative to the pace."""
+        relative = min(max(ratio / self._pace, 0.5), 2.0)  # interruptions are not learnt
+        for known, share in where:
+            fade = min(self._KEPT / (known[0] + share), 1.0)
+            known[0] = fade * (known[0] + share)
+            known[1] = fade * (known[1] + share * relative)
+        return relative
+
+    def _shares(self, rows: int) -> list[tuple[int, float]]:
+        """The measured widths between which a pass lies, and how much it says about each."""
+        widths = [width for width, _ in self.measured.target]
+        after = bisect_right(widths, rows)
+        if after in (0, len(widths)):
+            return [(max(after - 1, 0), 1.0)]
+        share = (rows - widths[after - 1]) / (widths[after] - widths[after - 1])
+        return [(after - 1, 1.0 - share), (after, share)]
+
+
+_measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, LearntCosts]]
 _measured = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -104,8 +186,18 @@ def measure_costs(
         target: the model to be accelerated.
         drafters: in the order in which `generate` gets them.
         tree: the largest tree that will be grown.
-        refresh: measure anew.
+        refresh: measure anew, and forget what generations have taught.
     """
+    return learnt_costs(target, drafters, tree, refresh).measured
+
+
+def learnt_costs(
+    target: PreTrainedModel,
+    drafters: Sequence[EagleDrafter],
+    tree: TreeShape,
+    refresh: bool = False,
+) -> LearntCosts:
+    """What [`measure_costs`] measures, once, and what generations with `auto` learn thereafter."""
     key = (
         tuple(map(stacking_key, drafters)),
         tree,
@@ -116,7 +208,7 @@ def measure_costs(
     with _lock:
         kept = _measured.setdefault(target, {})
         if refresh or key not in kept:
-            kept[key] = _measure(target, drafters, tree)
+            kept[key] = LearntCosts(_measure(target, drafters, tree))
         return kept[key]
 
 

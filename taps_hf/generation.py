@@ -167,7 +167,9 @@ class SpeculativeDecoding:
             finished = False
             while not finished:
                 # 2. Draft. Of a path of d nodes at most d + 1 tokens are emitted.
-                clock = Stopwatch(target.device) if trace is not None else None
+                # On a GPU, reading the time makes the host wait: only if it was asked for.
+                timing = trace is not None or target.device.type == "cpu"
+                clock = Stopwatch(target.device) if timing else None
                 room = _room(model, generation_config, input_ids.shape[1], target.root_position)
                 choice = generator.propose(input_ids[0, -1:], max_depth=room - 1)
                 if clock:
@@ -206,8 +208,11 @@ class SpeculativeDecoding:
                 emitted = input_ids[0, start:]
                 generator.observe(emitted, features[walked])
                 origins = tuple(tree.proposers(copies) for copies in accepted)
-                generator.record(CycleOutcome(choice.drafters, origins, tuple(emitted.tolist())))
-                if clock:
+                seconds = tuple(clock.seconds()) if target.device.type == "cpu" else None
+                generator.record(
+                    CycleOutcome(choice.drafters, origins, tuple(emitted.tolist()), seconds)
+                )
+                if trace is not None:
                     clock.lap()
                     trace.cycles.append(
                         trace_cycle(

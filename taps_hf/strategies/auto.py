@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..calibration import Calibration
-from ..costs import Costs
+from ..costs import Costs, LearntCosts
 from ..tree import DraftTree, merge
 from .base import Choice, CycleOutcome, GenerationContext, Strategy, register_strategy
 
@@ -28,7 +28,8 @@ class Auto(Strategy):
     decides after each level whether to grow another, and which nodes of the union are verified.
     Which drafters draft, down to none (a plain step), is decided by the ratio itself.
 
-    * c comes from [`costs.Costs`], measured once on this machine.
+    * c comes from [`costs.Costs`], measured once on this machine, and on a CPU corrected by what
+      cycles take.
     * g comes from the drafters' confidences, calibrated by what was accepted ([`Calibration`]).
     * Which drafters: those that alone would have been the fastest in the last cycles in which all
       ran. All run in every `explore`-th cycle, and when the chosen ones fail twice running; so a
@@ -57,8 +58,9 @@ class Auto(Strategy):
                 raise ValueError(f"`{name}` is {value!r}, expected a positive integer.")
 
     def begin(self, context: GenerationContext) -> Strategy:
-        costs = context.costs() if self.costs is None else self.costs
-        return _Running(self, costs, context)
+        learnt = context.costs() if self.costs is None else None
+        costs = self.costs if learnt is None else learnt.costs
+        return _Running(self, costs, context, learnt)
 
     def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
         raise RuntimeError("Auto decides by what it learns in a generation; call `begin` first.")
@@ -100,6 +102,7 @@ class _Running(Strategy):
         settings: what was asked for.
         costs: of the models.
         context: of the generation.
+        learnt: where to tell what cycles took; None if costs are assumed.
     """
 
     _FIRST_PAUSE = 4  # plain steps
@@ -108,8 +111,14 @@ class _Running(Strategy):
     _DECAY = 0.85  # of a look's weight, for each later one
     _RATE_DECAY = 0.9  # of tokens and seconds, for each later cycle
 
-    def __init__(self, settings: Auto, costs: Costs, context: GenerationContext) -> None:
-        self.settings, self.costs = settings, costs
+    def __init__(
+        self,
+        settings: Auto,
+        costs: Costs,
+        context: GenerationContext,
+        learnt: LearntCosts | None = None,
+    ) -> None:
+        self.settings, self.costs, self._learnt = settings, costs, learnt
         self._everyone = tuple(range(context.num_drafters))
         self._reads_levels = context.device.type == "cpu"
         self._calibration = Calibration(context.num_drafters)
@@ -182,7 +191,12 @@ class _Running(Strategy):
         return Choice(self._tree, tuple(trees))
 
     def observe(self, outcome: CycleOutcome) -> None:
-        seconds = self.costs.target_seconds(1 if self._tree is None else len(self._tree))
+        rows = 1 if self._tree is None else len(self._tree)
+        seconds = self.costs.target_seconds(rows)
+        if self._learnt is not None and outcome.seconds is not None:
+            drafted = () if self._union is None else self._asked
+            seconds_draft, seconds_target = outcome.seconds
+            self._learnt.observe(rows, seconds_target, drafted, self._grown, seconds_draft)
         if self._union is not None:
             draft = self.costs.draft(self._asked)
             seconds += draft.first + (self._grown - 1) * draft.level

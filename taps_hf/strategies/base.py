@@ -13,7 +13,7 @@ from ..growth import GoOn
 from ..tree import DraftTree
 
 if TYPE_CHECKING:
-    from ..costs import Costs
+    from ..costs import LearntCosts
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,14 @@ class CycleOutcome:
         drafters: the drafters whose proposals were verified; none if none drafted.
         accepted: for each accepted draft token, in order, the drafters that had proposed it.
         tokens: the tokens emitted.
+        seconds: that drafting and the target's pass took; None on devices where to know it the host
+            would have to wait.
     """
 
     drafters: tuple[int, ...]
     accepted: tuple[tuple[int, ...], ...]
     tokens: tuple[int, ...] = ()
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,12 @@ class GenerationContext:
     Args:
         num_drafters: how many there are.
         device: of the target.
-        costs: measures, or recalls, what passes and drafts cost here.
+        costs: measures, or recalls, what passes and drafts cost here, and learns more of it.
     """
 
     num_drafters: int
     device: torch.device
-    costs: Callable[[], Costs]
+    costs: Callable[[], LearntCosts]
 
 
 class Strategy(ABC):
