@@ -29,6 +29,7 @@ from taps_hf import (
     GenerationContext,
     merge,
 )
+from taps_hf.costs import LearntCosts
 from taps_hf.drafting import DrafterSession, topk_by_blocks
 from taps_hf.stacking import groups_of
 from taps_hf.target import TargetSession
@@ -167,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         each = (DraftCost(0.0, 0.0),)
         free = Costs(((1, 1.0), (64, 2.0)), (tuple(range(len(drafters))),), each, each)
         device = torch.device("cpu")
-        strategy = Auto(costs=free).begin(GenerationContext(len(drafters), device, lambda: free))
+        strategy = Auto(costs=free).begin(
+            GenerationContext(len(drafters), device, lambda: LearntCosts(free))
+        )
 
         def compose() -> None:
             strategy.drafters_to_run(len(drafters), [])

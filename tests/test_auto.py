@@ -75,7 +75,8 @@ def test_the_nodes_verified_are_those_with_the_largest_net_gain():
         trees = {i: chain(i, values[i].tolist()) for i in range(2)}
         tree = strategy.compose(trees, []).tree
         paths = sorted(values.cumprod(1).flatten().tolist(), reverse=True)
-        nets = [sum(paths[:n]) - strategy.rate * (1.0 + rows * n) for n in range(11)]
+        price = strategy._CAUTION * strategy.rate
+        nets = [sum(paths[:n]) - price * (1.0 + rows * n) for n in range(11)]
         assert len(tree) - 1 == nets.index(max(nets))
         kept = tree.path_confidence[:, 1:].nan_to_num(nan=0).amax(dim=0)
         assert sorted(kept.tolist(), reverse=True) == pytest.approx(paths[: len(tree) - 1])

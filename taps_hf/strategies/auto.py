@@ -24,8 +24,9 @@ class Auto(Strategy):
 
     A cycle brings tokens and takes time. With r the tokens per second that the generation reaches
     anyway, an action that brings g tokens more and takes c seconds more is worth taking if
-    g - r c > 0 (the renewal-reward rule for the largest long-run ratio). By that rule each cycle
-    decides after each level whether to grow another, and which nodes of the union are verified.
+    g - r c > 0 (the renewal-reward rule for the largest long-run ratio). By that rule, with a
+    margin since g is an estimate, each cycle decides after each level whether to grow another, and
+    which nodes of the union are verified.
     Which drafters draft, down to none (a plain step), is decided by the ratio itself.
 
     * c comes from [`costs.Costs`], measured once on this machine, and on a CPU corrected by what
@@ -105,6 +106,9 @@ class _Running(Strategy):
         learnt: where to tell what cycles took; None if costs are assumed.
     """
 
+    # What looks worth its time is on average worth less: the most overrated is chosen first. Near
+    # the best size a smaller tree brings hardly less.
+    _CAUTION = 1.5
     _FIRST_PAUSE = 4  # plain steps
     _LOOKS_TO_GIVE_UP = 4  # before the first pause; later ones need two
     _MEMORY = 12  # looks that are remembered
@@ -173,7 +177,7 @@ class _Running(Strategy):
         else:  # reading a level back would make the device wait: by what was so far
             reach = self._deeper**depth
         cost = self.costs.draft(self._asked).level + self._marginal()
-        worth = reach * self._deeper > self.rate * cost
+        worth = reach * self._deeper > self._CAUTION * self.rate * cost
         self._grown = depth + worth
         return worth
 
@@ -184,7 +188,8 @@ class _Running(Strategy):
         if len(union) > len(self._passes):
             self._passes = self.costs.up_to(2 * len(union))
         seconds = self._passes[: len(union)]
-        gain = torch.cat([torch.zeros(1), order.values.cumsum(0)]) - self.rate * seconds
+        price = self._CAUTION * self.rate * seconds
+        gain = torch.cat([torch.zeros(1), order.values.cumsum(0)]) - price
         kept = (order.indices[: int(gain.argmax())] + 1).sort().values
         self._union = union
         self._tree = union.select(torch.cat([torch.zeros(1, dtype=torch.long), kept]))
