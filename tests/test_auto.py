@@ -72,6 +72,7 @@ def test_the_nodes_verified_are_those_with_the_largest_net_gain():
         strategy = running(costs(rows))
         assert strategy.drafters_to_run(2, []) == (0, 1)
         values = torch.rand(2, 5, generator=generator)
+        values[:, 0] /= 2  # both cannot be surer: no more than one of the root's children is right
         trees = {i: chain(i, values[i].tolist()) for i in range(2)}
         tree = strategy.compose(trees, []).tree
         paths = sorted(values.cumprod(1).flatten().tolist(), reverse=True)
