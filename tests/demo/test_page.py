@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from taps_hf import list_strategies
+from taps_hf.demo import decoding
 from taps_hf.demo.models import ModelSpec, default_target, load_models
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
@@ -227,13 +228,20 @@ def test_other_models_are_loaded_in_the_page(visitor, tiny_spec, tmp_path):
     assert "other" in visitor.page.inner_text("#legend")
 
 
-def test_a_crowd_is_turned_away_with_a_message(open_page, tiny_spec):
+def test_a_crowd_is_turned_away_with_a_message(open_page, tiny_spec, monkeypatch):
     """One answer is written, one visitor waits; the third is told, and can still look around."""
     page = serve(PageOptions(tiny_spec, queue_size=1), wait=False)
     try:
         first, second, third = (open_page(page.local_url) for _ in range(3))
         third.ask("t5 t6", Length=10)
         third.generate()
+        stop = decoding._Stop.__call__
+
+        def slowly(self, *args, **kwargs):
+            time.sleep(0.2)  # the first answer is still being written when the others have asked
+            return stop(self, *args, **kwargs)
+
+        monkeypatch.setattr(decoding._Stop, "__call__", slowly)
         for someone in (first, second):
             someone.ask("t5 t6", Length=200)
         first.start("generate")
