@@ -26,8 +26,8 @@ class Auto(Strategy):
     anyway, an action that brings g tokens more and takes c seconds more is worth taking if
     g - r c > 0 (the renewal-reward rule for the largest long-run ratio). By that rule, with a
     margin since g is an estimate, each cycle decides after each level whether to grow another, and
-    which nodes of the union are verified.
-    Which drafters draft, down to none (a plain step), is decided by the ratio itself.
+    which nodes of the union are verified. Which drafters draft, down to none (a plain step), is
+    decided by the ratio itself.
 
     * c comes from [`costs.Costs`], measured once on this machine, and on a CPU corrected by what
       cycles take.

@@ -10,9 +10,13 @@ from torch import nn
 from taps_hf.training.muon import MuonWithAdamW
 from taps_hf.training.options import TrainOptions
 
-# By version: should a newer torch no longer have Muon, these tests are to fail, not to vanish.
-needs_muon = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.9"), reason="needs torch 2.9"
+# An older torch must be refused, not passed over; and by version: should a newer one no longer have
+# Muon, these tests are to fail.
+needs_muon = pytest.mark.xfail(
+    Version(torch.__version__) < Version("2.9"),
+    raises=ValueError,
+    strict=True,
+    reason="torch has Muon since 2.9",
 )
 
 
