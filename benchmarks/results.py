@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from taps_hf.files import write_json
 
 _Value = TypeVar("_Value")
 
@@ -94,10 +95,7 @@ class Results:
         if self.file is None:
             return
         content = {"settings": self.settings, "rows": [asdict(row) for row in self.rows]}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(self.file.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.file)
+        write_json(self.file, content)
 
 
 def interval(

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from .averaging import average_drafters
 from .evaluation.commands import add_evaluate
+from .files import ResultFolder
 from .modeling_eagle import EagleDrafter
 from .push import add_push
 from .training.commands import add_regenerate, add_train
@@ -43,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _average(options: argparse.Namespace) -> None:
-    if Path(options.out).is_file():
-        raise ValueError(f"`--out` is {options.out}, a file; expected a folder.")
+    result = ResultFolder(Path(options.out), "average")
     drafters = [EagleDrafter.from_pretrained(name) for name in options.drafters]
-    average_drafters(drafters, options.weights).save_pretrained(options.out)
+    average = average_drafters(drafters, options.weights)
+    with result.writing() as folder:
+        average.save_pretrained(folder)
     print(f"Wrote {options.out}")
 
 

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .configuration_eagle import EagleDrafterConfig
 from .embedded import EMBEDDED_DRAFTERS
+from .files import ResultFolder
 
 _DRAFTER_FILES = ("README.md", "config.json", "model.safetensors")
 _CARDS = "hub_cards"
@@ -117,15 +118,19 @@ def assemble_space(root: Path, out: Path, models: Sequence[str] = ()) -> None:
 
     Args:
         root: a clone of this repository.
-        out: folder to write; it must be empty or not exist.
+        out: folder to write; if it exists it must be empty, or as this command wrote it earlier.
         models: repositories on the Hub to name in the Space's metadata, beside those it has.
 
     Raises:
-        ValueError: if the clone is incomplete or the folder is not empty.
+        ValueError: if the clone is incomplete or the folder may not be written.
     """
+    result = ResultFolder(out, "push --assemble")
     check_demo(root)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder; expected one, or a name yet unused.")
+    with result.writing() as folder:
+        _fill_space(root, folder, models)
+
+
+def _fill_space(root: Path, out: Path, models: Sequence[str]) -> None:
     shutil.copytree(root / _CARDS / "space", out, dirs_exist_ok=True)
     shutil.copy(root / "app.py", out)
     # Of the package and the drafters only what belongs to them, whatever else lies about there.
@@ -157,7 +162,7 @@ def _upload(api: HfApi, options: PushOptions, repo_ids: Sequence[str]) -> list[s
     if options.space is not None:
         *drafters, repo_id = repo_ids
         with tempfile.TemporaryDirectory() as temporary:
-            assemble_space(options.root, Path(temporary), drafters)
+            _fill_space(options.root, Path(temporary), drafters)
             url = api.create_repo(
                 repo_id,
                 repo_type="space",

@@ -1,7 +1,8 @@
-"""A tiny target with a tokenizer and two drafters, saved as anyone's models are."""
+"""What lies on disk: tiny models, saved as anyone's are, and all that a folder holds."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,3 +35,15 @@ def save_tiny_models(folder: Path) -> list[str]:
         drafter.save_pretrained(folder / name)
         drafters.append(f"{name}={folder / name}")
     return ["--target", str(folder / "target"), "--drafters", *drafters]
+
+
+def tree_of(folder: Path) -> dict[str, bytes | str]:
+    """Everything below a folder: contents of files, where links point, and folders."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = f"-> {os.readlink(path)}"
+        else:
+            found[name] = "folder" if path.is_dir() else path.read_bytes()
+    return found

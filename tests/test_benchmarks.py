@@ -317,7 +317,7 @@ def test_results_are_never_half_written(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("results.os.replace", interrupted)
+    monkeypatch.setattr("taps_hf.files.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         results.add([row(prompt="g:2:0")])
     assert file.read_text() == written

@@ -6,6 +6,7 @@ import torch
 from taps_hf import EagleDrafter, average_drafters
 from taps_hf.cli import main
 
+from .saved import tree_of
 from .tiny import tiny_drafters, tiny_target
 
 
@@ -29,6 +30,14 @@ def test_average_writes_a_drafter(folders, tmp_path, capsys, weights):
     expected = average_drafters(tiny_drafters(2), numbers).state_dict()
     assert set(found) == set(expected)
     assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+def test_an_average_never_takes_the_place_of_a_drafter(folders, tmp_path, capsys):
+    before = tree_of(tmp_path)
+    for out in (folders[0], str(tmp_path)):
+        assert main(["average", *folders, "--out", out]) == 2
+        assert "holds other things" in capsys.readouterr().err
+    assert tree_of(tmp_path) == before
 
 
 def test_bad_input_is_reported_without_a_traceback(folders, tmp_path, capsys):

@@ -146,8 +146,10 @@ def test_the_assembled_folder_runs_by_itself(clone, tmp_path, capsys):
     assert done.stdout.strip() == str(out / "taps_hf" / "__init__.py")
     assert "The target could not be loaded from 'no/such/folder'" in done.stderr
     assert "Traceback" not in done.stderr
+    (out / "notes").write_text("mine")
     assert main(["push", "someone", "--root", str(clone), "--assemble", str(out)]) == 2
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "which this command did not write" in capsys.readouterr().err
+    assert (out / "notes").read_text() == "mine"
 
 
 def test_the_space_asks_for_what_the_package_asks_for():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging import average_drafters
+from ..files import check_begun, hold, read_json, write_json, write_text
 from ..modeling_eagle import EagleDrafter
 from ..shapes import DynamicTree
 from ..strategies import Single
@@ -127,8 +127,11 @@ def evaluate(options: EvaluateOptions) -> None:
 
     Raises:
         ValueError: before any measurement, for benchmarks, drafters or names that cannot be used,
-            and if `out` was measured with other settings.
+            and if `out` was measured with other settings or holds other things.
     """
+    records = options.records or options.out / "records"
+    for folder in (options.out, records):
+        check_begun(folder, "settings.json")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
@@ -147,8 +150,6 @@ def evaluate(options: EvaluateOptions) -> None:
     weights = {name: _digest(drafter) for name, drafter in drafters.items()}
     figures.check_installed()
     _check_settings(options, weights, str(target.device))
-
-    records = options.records or options.out / "records"
     settings = {
         "target": target.config.name_or_path,
         "dtype": options.dtype,
@@ -158,45 +159,73 @@ def evaluate(options: EvaluateOptions) -> None:
         "seed": options.seed,
         "chat_template": tokenizer.get_chat_template(),
     }
-    store = RecordStore(records, settings)
-    keys = {variant.key(weights) for variant in variants}
-    replayed = Measurements(options.out / "replay.jsonl")
-    live = Measurements(options.out / "live.jsonl")
-    asked: set[str] = set()  # records of this run: the files may hold more, of other questions
-    for temperature in options.temperatures:
-        files = record(target, tokenizer, questions, options.record_options(temperature), store)
-        answers = _Answers(files, store)
-        asked |= set(answers.keys)
+    with hold(options.out / "lock"):
+        store = RecordStore(records, settings)
+        run = _Run(options, target, drafters, variants, weights)
+        for temperature in options.temperatures:
+            files = record(target, tokenizer, questions, options.record_options(temperature), store)
+            answers = _Answers(files, store)
+            run.replay(answers)
+            if options.live:
+                run.live(answers.some(names, options.live), temperature)
+        _report(options, averages, run.measured(run.replayed), run.measured(run.lively), others)
+
+
+class _Run:
+    """What is measured of the records of one evaluation: what its files do not hold yet."""
+
+    def __init__(
+        self,
+        options: EvaluateOptions,
+        target: PreTrainedModel,
+        drafters: Mapping[str, EagleDrafter],
+        variants: Sequence[Variant],
+        weights: Mapping[str, str],
+    ) -> None:
+        self.options, self.target, self.drafters = options, target, drafters
+        self.variants, self.weights = variants, weights
+        self.keys = {variant.key(weights) for variant in variants}
+        self.replayed = Measurements(options.out / "replay.jsonl")
+        self.lively = Measurements(options.out / "live.jsonl")
+        self.asked: set[str] = set()  # the files may hold more, of other questions
+
+    def replay(self, answers: _Answers) -> None:
+        """All variants along all records."""
+        self.asked |= set(answers.keys)
         with tqdm(total=len(answers), unit="answer", desc="replay") as progress:
             for group in answers.groups(_SIDE_BY_SIDE):
-                known = {key for key in keys if all(replayed.get(kept.key, key) for kept in group)}
-                pending = [v for v in variants if v.key(weights) not in known]
+                known = {
+                    key
+                    for key in self.keys
+                    if all(self.replayed.get(kept.key, key) for kept in group)
+                }
+                pending = [v for v in self.variants if v.key(self.weights) not in known]
                 if not pending:
                     progress.update(len(group))
                     continue
-                for rows in replay(group, target, drafters, pending, weights):
-                    replayed.add(rows)
+                for rows in replay(group, self.target, self.drafters, pending, self.weights):
+                    self.replayed.add(rows)
                     progress.update()
-        if not options.live:
-            continue
-        answers = answers.some(names, options.live)
+
+    def live(self, answers: _Answers, temperature: float) -> None:
+        """All variants, generating the records' answers anew."""
+        settled = self.options.record_options(temperature)
+        models = (self.target, self.drafters, self.variants, self.weights)
         warm = False
         with tqdm(answers, unit="answer", desc="live") as progress:
             for number, kept in enumerate(progress):
-                if all(live.get(kept.key, v.key(weights)) for v in variants):
+                if all(self.lively.get(kept.key, key) for key in self.keys):
                     continue
-                settled = options.record_options(temperature)
                 if not warm:  # first runs cost more than later ones
-                    short = replace(settled, max_new_tokens=4)
-                    run_live(kept, target, drafters, variants, weights, short)
+                    run_live(kept, *models, replace(settled, max_new_tokens=4))
                     warm = True
-                live.add(run_live(kept, target, drafters, variants, weights, settled, number))
+                self.lively.add(run_live(kept, *models, settled, number))
 
-    def of_this_run(measurements: Measurements) -> tables.Measured:
-        rows = [r for r in measurements if r.record in asked and r.variant_key in keys]
-        return tables.Measured(rows, variants, names, options.temperatures)
-
-    _report(options, averages, of_this_run(replayed), of_this_run(live), others)
+    def measured(self, measurements: Measurements) -> tables.Measured:
+        """What was measured of this run's records and variants, now or earlier."""
+        rows = [r for r in measurements if r.record in self.asked and r.variant_key in self.keys]
+        names = [spec.partition("=")[0] for spec in self.options.benchmarks]
+        return tables.Measured(rows, self.variants, names, self.options.temperatures)
 
 
 class _Answers:
@@ -294,7 +323,9 @@ def _check_settings(options: EvaluateOptions, weights: Mapping[str, str], device
     }
     file = options.out / "settings.json"
     if file.exists():
-        found = json.loads(file.read_text())["measured"]
+        found = read_json(file, "the settings of an evaluation").get("measured")
+        if not isinstance(found, dict) or "drafters" not in found:
+            raise ValueError(f"{file} is not of an evaluation; expected another `out`.")
         # Drafters may be added; those that are there must be what they were.
         known = {**found.pop("drafters")}
         then = {**found, **{name: known[name]["weights"] for name in known if name in digests}}
@@ -315,7 +346,7 @@ def _check_settings(options: EvaluateOptions, weights: Mapping[str, str], device
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    _write(file, json.dumps({"measured": settings, "provenance": provenance}, indent=2) + "\n")
+    write_json(file, {"measured": settings, "provenance": provenance})
 
 
 def _digest(drafter: EagleDrafter) -> str:
@@ -354,9 +385,9 @@ def _report(
         results[made[-1].name] = made[-1].json()
     made = [table for table in made if table.rows]
     for table in made:
-        _write(options.out / "tables" / f"{table.name}.md", table.markdown())
-        _write(options.out / "tables" / f"{table.name}.csv", table.csv())
-    _write(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_text(options.out / "tables" / f"{table.name}.md", table.markdown())
+        write_text(options.out / "tables" / f"{table.name}.csv", table.csv())
+    write_text(options.out / "results.json", json.dumps(results, indent=1) + "\n")
 
     drawn = [figures.summary_figure(measured, options.out / "figures" / "summary.png")]
     few = [v.name for v in variants if v.name not in averages or averages[v.name] == 0.5]
@@ -373,12 +404,5 @@ def _report(
     text += [table.markdown() for table in made if "acceptance" in table.name]
     text += [f"![{file.stem}](figures/{file.name})\n" for file in drawn]
     text += [table.markdown() for table in made if "acceptance" not in table.name]
-    _write(options.out / "summary.md", "\n".join(text))
+    write_text(options.out / "summary.md", "\n".join(text))
     print(f"wrote {options.out / 'summary.md'}")
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

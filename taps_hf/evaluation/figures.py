@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import whole
 from . import metrics
 from .metrics import Estimate
 from .tables import Measured
@@ -51,10 +52,8 @@ def _panels(count: int, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
 def _save(figure: Figure, file: Path) -> Path:
     from matplotlib import pyplot
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.stem + ".tmp.png")
-    figure.savefig(temporary)
-    temporary.replace(file)
+    with whole(file) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)
     return file
 

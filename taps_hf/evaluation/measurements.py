@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from ..files import cut_off, starts_like
 from ..tree import DraftTree
 
 
@@ -149,6 +149,9 @@ class Measurements:
 
     Args:
         file: made if it does not exist.
+
+    Raises:
+        ValueError: naming file and line, if it holds anything else.
     """
 
     def __init__(self, file: Path) -> None:
@@ -158,12 +161,17 @@ class Measurements:
         file.touch()
         whole = 0
         with file.open("rb") as lines:
-            for line in lines:
+            for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break
-                self.rows.append(Cycles(**json.loads(line)))
+                try:
+                    self.rows.append(Cycles(**json.loads(line)))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise ValueError(
+                        f"{file}, line {number}: not a measurement ({error})."
+                    ) from None
                 whole += len(line)
-        os.truncate(file, whole)
+        cut_off(file, whole, lambda line: starts_like(line, b'{"record": '))
         self._known = {(row.record, row.variant_key): row for row in self.rows}
 
     def __iter__(self) -> Iterator[Cycles]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..files import check_begun, read_json, whole, write_json
 from ..training.features import features_of
 from ..training.regenerate import answer_batch, end_ids
 from .benchmarks import Question
@@ -101,19 +101,17 @@ class RecordStore:
         settings: what all its records have in common: the target and how it was run.
 
     Raises:
-        ValueError: if the folder was recorded with other settings.
+        ValueError: if the folder was recorded with other settings, or holds other things.
     """
 
     def __init__(self, folder: Path, settings: dict[str, object]) -> None:
         self.folder = folder
         self.settings = settings
-        folder.mkdir(parents=True, exist_ok=True)
+        check_begun(folder, "settings.json")
         file = folder / "settings.json"
         if not file.exists():
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(temporary, file)
-        elif (found := json.loads(file.read_text())) != settings:
+            write_json(file, settings)
+        elif (found := read_json(file, "the settings of records")) != settings:
             raise ValueError(f"{folder} was recorded with {found}, expected {settings}.")
 
     def file(self, question: Question, turn: int, temperature: float) -> Path:
@@ -131,9 +129,8 @@ class RecordStore:
         }
         names = ("benchmark", "question_id", "category", "turn", "temperature")
         rest = {name: getattr(record, name) for name in (*names, "answer_start", "max_length")}
-        temporary = file.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"record": json.dumps(rest)})
-        os.replace(temporary, file)
+        with whole(file) as temporary:
+            save_file(tensors, temporary, metadata={"record": json.dumps(rest)})
 
     def load(self, file: Path) -> Record:
         """Read a record."""

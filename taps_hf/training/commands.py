@@ -11,7 +11,7 @@ from ..embedded import EMBEDDED_TARGET
 from .conversations import DataSource
 from .features import FeatureStore
 from .options import TrainOptions, add_options, train_options
-from .regenerate import RegenerateOptions, regenerate
+from .regenerate import RegenerateOptions, check_answers, regenerate
 from .target import EMBEDDED, check_target, load_target
 
 
@@ -66,6 +66,7 @@ def _regenerate(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in vars(RegenerateOptions())}
     )
     sources = [DataSource.parse(text) for text in options.data]
+    check_answers(options.out)
     dtype = getattr(torch, options.dtype)
     target, tokenizer = load_target(options.target, dtype, options.device, options.chat_template)
     check_target(target)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -14,6 +12,8 @@ from typing import IO
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from ..files import check_begun, hold, read_json, write_json
 
 _BYTES = 2  # of a bfloat16
 
@@ -31,21 +31,19 @@ class FeatureStore:
         hidden_size: width of the features.
 
     Raises:
-        ValueError: if the folder holds features of another target or width.
+        ValueError: if the folder holds features of another target or width, or other things.
     """
 
     def __init__(self, folder: str | Path, target: str, hidden_size: int) -> None:
         self.folder = Path(folder)
         self.hidden_size = hidden_size
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_begun(self.folder, "meta.json")
         meta = {"target": target, "hidden_size": hidden_size, "dtype": "bfloat16"}
         file = self.folder / "meta.json"
         if not file.exists():
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(meta, indent=2) + "\n")
-            os.replace(temporary, file)
-        elif json.loads(file.read_text()) != meta:
-            raise ValueError(f"{self.folder} holds features of {file.read_text()}, expected {meta}")
+            write_json(file, meta)
+        elif (found := read_json(file, "what a store of features holds")) != meta:
+            raise ValueError(f"{self.folder} holds features of {found}, expected {meta}.")
         for name in ("features", "tokens", "lengths"):
             self._file(name).touch()
         self._lock: IO[bytes] | None = None
@@ -125,18 +123,9 @@ class FeatureStore:
 
     def _hold(self) -> None:
         """Be the only one that appends, until this process ends."""
-        if self._lock is not None:
-            return
-        lock = (self.folder / "lock").open("wb")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise ValueError(
-                f"Another process is writing to {self.folder}; expected a store of one's own."
-            ) from None
-        self._lock = lock
-        self._index()  # another process may have written since
+        if self._lock is None:
+            self._lock = hold(self.folder / "lock")
+            self._index()  # another process may have written since
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.bin"

@@ -6,18 +6,21 @@ the features, which `generate` would compute and forget, can be kept for trainin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import InPlaceCache
+from ..files import cut_off, digest_of_file, hold, read_json, starts_like, write_json
 from .conversations import (
     DataReport,
     DataSource,
@@ -174,14 +177,15 @@ def regenerate(
 
     A line has `messages` (the answer last), `input_ids` and `answer_start` (the exact tokens),
     `finish_reason` (`stop` or `length`), `source` and `index`. A run that was stopped goes on where
-    it was, with the same answers, if it is started with the same arguments.
+    it was, with the same answers, if it is started with the same arguments. What `out` holds beyond
+    the answers of that run is never cut off.
 
     Args:
         store: where to keep the features the target computed on the way.
 
     Raises:
-        ValueError: if `out` was written with other options or another target, or the sources
-            cannot be read.
+        ValueError: if `out` was written with other options or another target, or not by this
+            command alone, or if the sources cannot be read.
     """
     report = DataReport()
     rows = read_mixture(sources, report, options.seed)
@@ -193,9 +197,12 @@ def regenerate(
         "features": store is not None,
         "options": dict(vars(options)),
     }
-    done = _resume(out, asked)
     end_ids = end_of_turn_ids(target, tokenizer)
-    with tqdm(total=len(rows), unit="prompt", desc=out.name) as progress:
+    with (
+        hold_answers(out),
+        tqdm(total=len(rows), unit="prompt", desc=out.name) as progress,
+    ):
+        done = _resume(out, asked)
         for start in range(0, len(rows), options.chunk_size):
             prompts = []
             for index in range(start, min(start + options.chunk_size, len(rows))):
@@ -268,21 +275,62 @@ def _state_file(out: Path) -> Path:
     return out.with_name(out.name + ".state.json")
 
 
-def _resume(out: Path, asked: dict[str, object]) -> int:
-    """How many rows were dealt with before; cuts off what a stopped run left half written."""
+def check_answers(out: Path) -> dict[str, Any]:
+    """What is known of a file of answers, which may be yet to begin.
+
+    Raises:
+        ValueError: if there is such a file and this command did not write it, or not all of it.
+    """
     file = _state_file(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder, expected a file of JSON lines.")
     if not file.exists():
         if out.exists() and out.stat().st_size:
             raise ValueError(f"{out} exists, but {file.name} does not; expected a new file.")
-        _replace(file, {"asked": asked, "done": 0, "bytes": 0})
-        out.touch()
+        return {"done": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    state = read_json(file, f"the state of {out.name}")
+    if not {"asked", "done", "bytes", "sha256"} <= set(state):
+        raise ValueError(f"{file} is not the state of {out.name}; expected another name of `out`.")
+    found = digest_of_file(out, state["bytes"]) if out.exists() else None
+    if found != state["sha256"]:
+        raise ValueError(
+            f"{out} is not as it was left: its first {state['bytes']} bytes differ from those that "
+            f"{file.name} tells of; expected the same file, or a new name."
+        )
+    return state
+
+
+def hold_answers(out: Path) -> IO[bytes]:
+    """Be the only one that appends to a file of answers, which is made if it does not exist.
+
+    Raises:
+        ValueError: as [`check_answers`], or if another process appends to it.
+    """
+    check_answers(out)
+    return hold(out)
+
+
+def _resume(out: Path, asked: dict[str, object]) -> int:
+    """How many rows were dealt with before; cuts off what a stopped run left half written."""
+    state = check_answers(out)
+    if "asked" not in state:
+        write_json(_state_file(out), {"asked": asked, **state})
         return 0
-    state = json.loads(file.read_text())
     if state["asked"] != asked:
         raise ValueError(f"{out} was begun with {state['asked']}, expected the same as {asked}.")
-    with out.open("r+b") as written:
-        written.truncate(state["bytes"])
+
+    cut_off(out, state["bytes"], lambda line: _is_answer(line, state["done"]))
     return state["done"]
+
+
+def _is_answer(line: bytes, first: int) -> bool:
+    """Whether a line, maybe cut short, is what is written for a row from `first` on."""
+    if not line.endswith(b"\n"):
+        return starts_like(line, b'{"messages": [')
+    try:
+        return int(json.loads(line)["index"]) >= first
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _write(
@@ -297,8 +345,10 @@ def _write(
         file.writelines(_lines(tokenizer, prompts, answers, end_ids))
         file.flush()
         os.fsync(file.fileno())
-    state = json.loads(_state_file(out).read_text())
-    _replace(_state_file(out), {**state, "done": done, "bytes": out.stat().st_size})
+    state = read_json(_state_file(out), f"the state of {out.name}")
+    size = out.stat().st_size
+    written = {"done": done, "bytes": size, "sha256": digest_of_file(out, size)}
+    write_json(_state_file(out), {**state, **written})
 
 
 def _lines(
@@ -318,9 +368,3 @@ def _lines(
             "index": prompt.index,
         }
         yield json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _replace(file: Path, content: dict) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, file)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..configuration_eagle import tokenizer_fingerprint
+from ..files import ResultFolder, check_begun, hold, read_json, write_json
 from ..modeling_eagle import EagleDrafter
 from ..validation import check_drafter, check_tokenizer
 from .card import model_card, provenance
@@ -32,27 +31,41 @@ from .start import balance_inputs, check_can_be_fitted, fit_projection
 from .target import check_target, load_target
 from .trainer import DrafterTrainer, ExampleDataset, coverage, frequent_tokens
 
+_OPTIONS = "options.json"  # in the folder of the checkpoints
+
 
 def train(options: TrainOptions) -> dict[str, float]:
     """Train a drafter and write it to `options.out`, in bfloat16, with a model card.
 
     Checkpoints lie beside it, in `<out>.checkpoints`; a run that was stopped goes on from the last
-    one if it is started with the same options.
+    one if it is started with the same options. A folder that holds anything but the result of an
+    earlier run, as it was written, is never touched.
 
     Returns:
         what was measured on held-out rows, of the best checkpoint, which is the one written.
 
     Raises:
-        ValueError: before work starts, for data, a target or options that cannot be used.
+        ValueError: before work starts, for data, a target, options or an `out` that cannot be used.
     """
+    result = ResultFolder(Path(options.out), "train")
     if options.threads:
         torch.set_num_threads(options.threads)
     # Probabilities this small change nothing and slow a CPU's softmax down several times.
     torch.set_flush_denormal(True)
-    out = Path(options.out).resolve()
-    work = out.with_name(out.name + ".checkpoints")
-    arguments = _arguments(options, work)
+    work = result.folder.with_name(result.folder.name + ".checkpoints")
+    check_begun(work, _OPTIONS)
     rows = _Rows(options)
+    arguments = _arguments(options, work)
+    # Several processes of one run share the folder; another run may not.
+    with hold(work / "lock") if arguments.process_index == 0 else nullcontext():
+        return _run(options, rows, arguments, result)
+
+
+def _run(
+    options: TrainOptions, rows: _Rows, arguments: TrainingArguments, result: ResultFolder
+) -> dict[str, float]:
+    """[`train`], once nothing speaks against `out`."""
+    work = Path(arguments.output_dir)
     with arguments.main_process_first(local=False, desc="options"):
         _remember(options, arguments.world_size, rows.digest(), work)
     dtype = getattr(torch, options.dtype)
@@ -117,8 +130,10 @@ def train(options: TrainOptions) -> dict[str, float]:
             "answer_tokens": scored,
             "provenance": provenance(arguments.device),
         }
-        _save(drafter, model_card(drafter, record), out)
-        _write_json(work / "training.json", record)
+        with result.writing() as folder:
+            drafter.to(torch.bfloat16).save_pretrained(folder)
+            model_card(drafter, record).save(folder / "README.md")
+        write_json(work / "training.json", record)
         say(f"wrote {options.out}: " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
     return measured
 
@@ -189,13 +204,13 @@ def _remember(options: TrainOptions, processes: int, data: str, work: Path) -> N
     Raises:
         ValueError: if the folder holds checkpoints of a run with other options.
     """
-    file = work / "options.json"
+    file = work / _OPTIONS
     asked = asdict(options)
     for name in ("threads", "license"):  # may differ from run to run
         del asked[name]
     asked |= {"processes": processes, "rows": data}
     if file.exists():
-        begun = json.loads(file.read_text())
+        begun = read_json(file, "the options of an earlier run")
         changed = {k: (begun.get(k), v) for k, v in asked.items() if begun.get(k) != v}
         if changed:
             raise ValueError(
@@ -203,8 +218,7 @@ def _remember(options: TrainOptions, processes: int, data: str, work: Path) -> N
                 "or another `out`."
             )
     else:
-        work.mkdir(parents=True, exist_ok=True)
-        _write_json(file, asked)
+        write_json(file, asked)
 
 
 class _Rows:
@@ -334,20 +348,3 @@ def _stores(
     missing = [ids for ids in rows if not any(ids in store for store in stores)]
     fill_store(stores[0], target, missing)
     return stores
-
-
-def _save(drafter: EagleDrafter, card: ModelCard, out: Path) -> None:
-    """Write the folder whole: it is made elsewhere and then takes its name."""
-    temporary, old = (out.with_name(out.name + ending) for ending in (".tmp", ".old"))
-    drafter.to(torch.bfloat16).save_pretrained(temporary)
-    card.save(temporary / "README.md")
-    if out.exists():
-        out.rename(old)
-    temporary.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(file: Path, content: dict) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, file)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from taps_hf import EagleDrafter
 from taps_hf.cli import main
 from taps_hf.evaluation.tables import Table
 
+from ..saved import tree_of
 from ..tiny import tiny_drafters, tiny_target
 from ..training.chat import CHATML, chat_tokenizer
 
@@ -74,6 +76,30 @@ def test_one_command_writes_everything(folder, tmp_path, capsys):
     scaling = json.loads((other / "results.json").read_text())["scaling"]
     alone = next(row for row in scaling if row["variant"] == "math")
     assert alone["elsewhere"] == pytest.approx(alone[str(folder / "target")])
+
+
+def test_what_others_wrote_is_not_touched(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+
+    def refused(out: Path, message: str, *arguments_: str) -> None:
+        before = tree_of(out)
+        assert main(arguments(folder, out, *arguments_)) == 2
+        assert message in capsys.readouterr().err
+        assert tree_of(out) == before
+
+    thesis, out = tmp_path / "thesis", tmp_path / "out"
+    thesis.mkdir()
+    (thesis / "summary.md").write_text("mine")
+    refused(thesis, "no settings.json")
+    refused(out, "no settings.json", "--records", str(thesis))
+    (thesis / "settings.json").write_text('{"editor.fontSize": 12}')
+    refused(thesis, "is not of an evaluation")
+    assert main(arguments(folder, out)) == 0
+    for content in (b"a letter of mine", b"a letter\n", b'{"record": 1}\n'):
+        (out / "live.jsonl").write_bytes(content)
+        assert main(arguments(folder, out)) == 2
+        assert "live.jsonl" in capsys.readouterr().err
+        assert (out / "live.jsonl").read_bytes() == content
 
 
 def test_what_is_added_does_not_pass_for_what_was_there(folder, tmp_path):

@@ -71,7 +71,7 @@ def test_half_written_rows_are_overwritten(tmp_path):
 def test_two_writers_do_not_mix(tmp_path):
     one, two = store_in(tmp_path), store_in(tmp_path)
     fill_store(one, tiny_target(), ROWS[:1])
-    with pytest.raises(ValueError, match="Another process is writing"):
+    with pytest.raises(ValueError, match="held by another process"):
         fill_store(two, tiny_target(), ROWS)
     del one
     gc.collect()

@@ -91,7 +91,7 @@ def test_a_stopped_run_goes_on_to_the_same_answers(questions, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         regenerate(target, tokenizer, [questions], stopped, options)
     with stopped.open("a") as file:
-        file.write('{"half a li')
+        file.write('{"messages": [{"half a li')
     assert regenerate(target, tokenizer, [questions], stopped, options).problems == report.problems
     assert stopped.read_text() == whole.read_text()
     before = len(calls)
@@ -112,6 +112,39 @@ def test_a_stopped_run_goes_on_to_the_same_answers(questions, tmp_path, monkeypa
     (tmp_path / "whole.jsonl.state.json").unlink()
     with pytest.raises(ValueError, match="expected a new file"):
         regenerate(target, tokenizer, [questions], whole, options)
+
+
+def test_what_others_wrote_is_never_cut_off(questions, tmp_path):
+    options = RegenerateOptions(max_prompt_tokens=20, max_new_tokens=6, batch_size=4, chunk_size=4)
+    tokenizer, target, out = chat_tokenizer(CHATML), named_target(), tmp_path / "answers.jsonl"
+    state = tmp_path / "answers.jsonl.state.json"
+
+    def refused(message: str) -> None:
+        before = out.read_bytes() if out.is_file() else None
+        with pytest.raises(ValueError, match=message):
+            regenerate(target, tokenizer, [questions], out, options)
+        assert before is None or out.read_bytes() == before
+
+    out.write_text("my thesis")
+    refused("expected a new file")
+    out.unlink()
+    regenerate(target, tokenizer, [questions], out, options)
+    written = out.read_bytes()
+    for tail in (b'{"messages": [], "index": 0}\n', b"a line of mine", b"[1]\n"):
+        out.write_bytes(written + tail)
+        refused("something after byte")
+    out.write_bytes(written.replace(b"user", b"USER", 1))
+    refused("is not as it was left")
+    out.write_bytes(written[:-1])
+    refused("is not as it was left")
+    out.unlink()
+    refused("is not as it was left")
+    out.mkdir()
+    refused("is a folder")
+    out.rmdir()
+    for content in ("{}", "half {", "[1]"):
+        state.write_text(content)
+        refused("state of answers.jsonl")
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"temperature": -1.0}])

@@ -21,6 +21,7 @@ from taps_hf.training.encoding import Example
 from taps_hf.training.options import TrainOptions, train_options
 from taps_hf.training.train import _last_checkpoint, is_held_out, train
 
+from ..saved import tree_of
 from ..tiny import tiny_target
 from .chat import CHATML, chat_tokenizer
 from .test_muon import needs_muon
@@ -71,6 +72,42 @@ def options(folder, tmp_path) -> TrainOptions:
     )
 
 
+@pytest.mark.parametrize("place", ["project", "link", "checkpoints", "checkpoints of others"])
+def test_nothing_that_others_wrote_is_touched(options, tmp_path, monkeypatch, place):
+    project, out = tmp_path / "project", tmp_path / "drafter"
+    (project / ".git").mkdir(parents=True)
+    (project / "data.jsonl").write_text("rows")
+    monkeypatch.setattr("taps_hf.training.train.load_target", None)  # nothing is loaded
+    if place == "project":
+        out = project
+    elif place == "link":
+        out.symlink_to(project)
+    elif place == "checkpoints":
+        (tmp_path / "drafter.checkpoints").write_text("mine")
+    else:
+        (tmp_path / "drafter.checkpoints" / "checkpoint-5").mkdir(parents=True)
+    before = tree_of(tmp_path)
+    with pytest.raises(ValueError, match="expected"):
+        train(replace(options, out=str(out)))
+    assert tree_of(tmp_path) == before
+
+
+def test_a_result_takes_the_place_of_the_same_runs_alone(options, tmp_path):
+    others = [tmp_path / name for name in ("drafter.tmp", "drafter.old")]
+    for other in others:
+        other.mkdir()
+        (other / "notes").write_text("mine")
+    options = replace(options, max_steps=2)
+    train(options)
+    card = Path(options.out) / "README.md"
+    assert train(options)  # all is done: what it wrote is written again
+    assert [tree_of(other) for other in others] == [{"notes": b"mine"}] * 2
+    card.write_text("a better card")
+    with pytest.raises(ValueError, match=r"README\.md, which was changed"):
+        train(options)
+    assert card.read_text() == "a better card"
+
+
 def weights(folder) -> dict[str, torch.Tensor]:
     return EagleDrafter.from_pretrained(folder, dtype=torch.float32).state_dict()
 
@@ -92,6 +129,7 @@ def test_training_writes_a_drafter_that_got_better(options, folder, objective, c
     assert len(drafter.draft_token_ids) == 12
     assert drafter.dtype == torch.bfloat16
     assert sorted(file.name for file in Path(options.out).iterdir()) == [
+        ".taps-hf.json",
         "README.md",
         "config.json",
         "model.safetensors",
