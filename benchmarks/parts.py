@@ -29,6 +29,7 @@ from taps_hf import (
     GenerationContext,
     merge,
 )
+from taps_hf.cache import CACHE
 from taps_hf.costs import LearntCosts
 from taps_hf.drafting import DrafterSession, topk_by_blocks
 from taps_hf.stacking import groups_of
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _begun(target: PreTrainedModel, ids: torch.Tensor) -> TargetSession:
     """A generation whose prompt has not been run yet."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    return TargetSession(target, ids, GenerationConfig(), {"past_key_values": cache})
+    return TargetSession(target, ids, GenerationConfig(), {CACHE: cache})
 
 
 def memory_of(drafter: EagleDrafter, target: PreTrainedModel) -> tuple[int, int]:

@@ -9,11 +9,15 @@ object holds transformers' own layers again, with the states plain `generate` wo
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+_PREPARED = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _PREPARED else "past_key_values"
+"""What `generate` and the models call their cache: transformers 5.24 renamed it."""
 _INITIAL_SLACK = 256  # tokens; a first doubling later than this is rare in chat answers
 
 
@@ -176,7 +180,7 @@ def check_cache(cache: Cache | None) -> None:
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(
-            f"`past_key_values` is a {type(cache).__name__}; speculative decoding expected a "
+            f"`{CACHE}` is a {type(cache).__name__}; speculative decoding expected a "
             "DynamicCache (leave `cache_implementation` unset and `use_cache` on)."
         )
     if getattr(cache, "offloading", False):
@@ -187,7 +191,7 @@ def check_cache(cache: Cache | None) -> None:
     odd = {type(x).__name__ for x in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     if odd:
         raise ValueError(
-            f"`past_key_values` has layers of type {', '.join(sorted(odd))}; speculative decoding "
+            f"`{CACHE}` has layers of type {', '.join(sorted(odd))}; speculative decoding "
             "expected full-attention or sliding-window layers only."
         )
 

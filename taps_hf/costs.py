@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from .cache import CACHE
 from .drafting import DrafterSession
 from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
@@ -222,7 +223,7 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
     # Any tokens do: what a pass costs does not depend on them.
     ids = (torch.arange(past + 1, device=device) % vocabulary)[None]
     cache = DynamicCache(config=config)
-    session = TargetSession(target, ids, GenerationConfig(), {"past_key_values": cache})
+    session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache})
     tokens, features = session.prefill()
     groups = groups_of(drafters)
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .cache import CACHE
 from .candidate_generator import TreeCandidateGenerator
 from .modeling_eagle import EagleDrafter
 from .shapes import DynamicTree, TreeShape
@@ -129,11 +130,9 @@ class SpeculativeDecoding:
             ValueError: for a target, cache or generation mode that is not supported.
         """
         self.check(model)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             # Early 5.x versions leave it to the model to make its cache.
-            model_kwargs["past_key_values"] = DynamicCache(
-                config=model.config.get_text_config(decoder=True)
-            )
+            model_kwargs[CACHE] = DynamicCache(config=model.config.get_text_config(decoder=True))
         check_call(model, input_ids, generation_config, model_kwargs)
         as_dict = generation_config.return_dict_in_generate
         do_sample = bool(generation_config.do_sample)
@@ -146,17 +145,17 @@ class SpeculativeDecoding:
         recording = as_dict or self.on_cycle is not None
         trace = DraftTrace(tuple(self.drafters)) if recording else None
 
-        generator = TreeCandidateGenerator(
-            model,
-            list(self.drafters.values()),
-            self.strategy,
-            self.tree,
-            generation_config.max_length,
-            sample_temperature,
-            with_entropy=recording and self.output_draft_trees,
-        )
         target = TargetSession(model, input_ids, generation_config, model_kwargs)
         try:
+            generator = TreeCandidateGenerator(
+                model,
+                list(self.drafters.values()),
+                self.strategy,
+                self.tree,
+                generation_config.max_length,
+                sample_temperature,
+                with_entropy=recording and self.output_draft_trees,
+            )
             # 1. The prompt, up to its last token: the first root.
             clock = Stopwatch(target.device)
             generator.observe(*target.prefill())
@@ -237,8 +236,8 @@ class SpeculativeDecoding:
             sequences=input_ids,
             scores=scores,
             logits=raw_logits,
-            past_key_values=model_kwargs["past_key_values"],
             draft_trace=trace,
+            **{CACHE: model_kwargs[CACHE]},
         )
 
 

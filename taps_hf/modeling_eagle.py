@@ -19,6 +19,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .cache import CACHE
 from .configuration_eagle import EagleDrafterConfig
 
 
@@ -169,8 +170,8 @@ class EagleDrafter(PreTrainedModel):
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=past_key_values is not None if use_cache is None else use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from .cache import GrowingSlidingWindowLayer, InPlaceCache
+from .cache import CACHE, GrowingSlidingWindowLayer, InPlaceCache
 from .tree import DraftTree
 
 
@@ -51,10 +51,10 @@ class TargetSession:
         model: the target; nothing is stored on it.
         input_ids: (1, T) int64, as `generate` gives it to a decoding method.
         generation_config: as prepared by `generate`.
-        model_kwargs: as prepared by `generate`; its `past_key_values` is extended in place.
+        model_kwargs: as prepared by `generate`; its cache is extended in place.
 
     Raises:
-        ValueError: if `past_key_values` already covers the whole prompt.
+        ValueError: if the cache already covers the whole prompt.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TargetSession:
         self._window = getattr(config, "sliding_window", None)
         self._layer_types = _layer_types(config)
         mask = model_kwargs.get("attention_mask")
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[CACHE]
         past = cache.get_seq_length()
 
         # `input_ids` is the whole sequence or, with an earlier turn's cache, possibly only what is
@@ -83,7 +83,7 @@ class TargetSession:
         self._new_tokens = input_ids[:, past if whole else 0 :].to(self.device)
         if self._new_tokens.shape[1] == 0:
             raise ValueError(
-                f"`past_key_values` holds {past} tokens and `input_ids` {input_ids.shape[1]}: "
+                f"`{CACHE}` holds {past} tokens and `input_ids` {input_ids.shape[1]}: "
                 "nothing is left to run; expected at least the last token not to be in the cache."
             )
         total = past + self._new_tokens.shape[1]
@@ -122,8 +122,8 @@ class TargetSession:
                 if self._prompt_mask is None
                 else self._prompt_mask[:, :end].long(),
                 position_ids=positions[:, chunk],
-                past_key_values=self._cache.cache,
                 use_cache=True,
+                **{CACHE: self._cache.cache},
             )
             features.append(output.last_hidden_state[0])
         following = self._new_tokens[0, 1:]
@@ -148,9 +148,9 @@ class TargetSession:
             input_ids=tree.tokens[None],
             attention_mask=self._tree_masks(tree, past),
             position_ids=(tree.depths + self.root_position)[None],
-            past_key_values=self._cache.cache,
             use_cache=True,
             return_dict=True,
+            **{CACHE: self._cache.cache},
         )
         return output.logits[0], self._recorder.features[0]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
-from .cache import check_cache
+from .cache import CACHE, check_cache
 from .configuration_eagle import tokenizer_fingerprint
 from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
@@ -26,7 +26,7 @@ _KNOWN_MODEL_KWARGS = {
     "attention_mask",
     "cache_position",
     "logits_to_keep",
-    "past_key_values",
+    CACHE,
     "position_ids",
     "use_cache",
 }
@@ -234,7 +234,7 @@ def check_call(
         )
     if not generation_config.use_cache:
         raise ValueError("`use_cache` is False, expected True with `assistant_models`.")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     check_cache(cache)
     _check_rotary(model, max(input_ids.shape[1], cache.get_seq_length()), generation_config)
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from taps_hf import cache as module
-from taps_hf.cache import GrowingLayer, GrowingSlidingWindowLayer, InPlaceCache, check_cache
+from taps_hf.cache import CACHE, GrowingLayer, GrowingSlidingWindowLayer, InPlaceCache, check_cache
 
 from .tiny import prompt, tiny_target
 
@@ -193,12 +193,12 @@ def test_a_model_continues_from_a_released_cache(family):
         expected = model(ids).logits[:, 21:]
         cache = DynamicCache(config=model.config)
         borrowed = InPlaceCache(cache)
-        model(ids[:, :13], past_key_values=cache)
+        model(ids[:, :13], **{CACHE: cache})
         stored = borrowed.stored_lengths()
-        model(ids[:, 13:25], past_key_values=cache)
+        model(ids[:, 13:25], **{CACHE: cache})
         borrowed.keep(stored, list(range(8)))
         borrowed.release()
-        found = model(ids[:, 21:], past_key_values=cache).logits
+        found = model(ids[:, 21:], **{CACHE: cache}).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -246,9 +246,9 @@ def test_rows_that_leave_a_batch_change_nothing_for_the_others(family):
     ids = torch.cat([prompt(20, seed=seed) for seed in range(4)])
     kept = torch.tensor([1, 3])
     caches = [InPlaceCache(DynamicCache(config=target.config)) for _ in range(2)]
-    target(ids[:, :15], past_key_values=caches[0].cache)
+    target(ids[:, :15], **{CACHE: caches[0].cache})
     caches[0].select_rows(kept)
-    target(ids[kept, :15], past_key_values=caches[1].cache)
-    found, expected = (target(ids[kept, 15:], past_key_values=c.cache).logits for c in caches)
+    target(ids[kept, :15], **{CACHE: caches[1].cache})
+    found, expected = (target(ids[kept, 15:], **{CACHE: c.cache}).logits for c in caches)
     torch.testing.assert_close(found, expected)
     assert caches[0].length == 20

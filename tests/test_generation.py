@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import taps_hf
+from taps_hf.cache import CACHE
 from tests.tiny import FAMILIES, VOCAB, prompt, tiny_drafters, tiny_target
 
 WIDE = taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30)
@@ -208,9 +209,9 @@ def test_a_cache_from_an_earlier_turn(family: str, only_new: bool, first_turn: s
         out = target.generate(
             inputs,
             attention_mask=mask,
-            past_key_values=cache,
             max_new_tokens=15,
             do_sample=False,
+            **{CACHE: cache},
             **more,
         )
         results.append(out)
@@ -222,7 +223,7 @@ def test_a_cache_made_without_a_config():
     plain = tiny_target().generate(prompt(), max_new_tokens=12, do_sample=False)
     cache = DynamicCache()
     ours = tiny_target().generate(
-        prompt(), past_key_values=cache, max_new_tokens=12, do_sample=False, **speculative()
+        prompt(), max_new_tokens=12, do_sample=False, **{CACHE: cache}, **speculative()
     )
     assert torch.equal(plain, ours)
     assert cache.get_seq_length() == 9 + 12 - 1
@@ -356,7 +357,7 @@ def test_an_error_in_the_middle_gives_the_cache_back(family: str):
                 prompt(),
                 max_new_tokens=20,
                 do_sample=False,
-                past_key_values=caches[-1],
+                **{CACHE: caches[-1]},
                 streamer=Breaks(),
                 **extra,
             )

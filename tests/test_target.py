@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 import taps_hf
+from taps_hf.cache import CACHE
 from taps_hf.target import TargetSession
 from tests.tiny import FAMILIES, prompt, tiny_target
 
@@ -17,7 +18,7 @@ def session(family: str, inputs: torch.Tensor, **kwargs) -> TargetSession:
         target,
         inputs,
         GenerationConfig(),
-        {"past_key_values": DynamicCache(config=target.config), **kwargs},
+        {CACHE: DynamicCache(config=target.config), **kwargs},
     )
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import taps_hf
+from taps_hf.cache import CACHE
 from tests.test_generation import tokenizer  # noqa: F401 (a fixture)
 from tests.tiny import VOCAB, prompt, tiny_drafters, tiny_target
 
@@ -147,9 +148,7 @@ def test_generation_modes():
 
 def test_caches():
     refused("StaticCache", cache_implementation="static")
-    refused(
-        "StaticCache", past_key_values=StaticCache(config=tiny_target().config, max_cache_len=64)
-    )
+    refused("StaticCache", **{CACHE: StaticCache(config=tiny_target().config, max_cache_len=64)})
     refused("offloaded", cache_implementation="offloaded")
 
 
@@ -159,7 +158,7 @@ def test_a_cache_that_covers_the_whole_prompt():
     refused(
         "nothing is left to run",
         inputs=first.sequences[:, : cache.get_seq_length()],
-        past_key_values=cache,
+        **{CACHE: cache},
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import InPlaceCache
+from ..cache import CACHE, InPlaceCache
 from ..files import cut_off, digest_of_file, hold, read_json, starts_like, write_json
 from .conversations import (
     DataReport,
@@ -84,8 +84,8 @@ def answer_batch(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache.cache,
             use_cache=True,
+            **{CACHE: cache.cache},
         ).last_hidden_state
         tokens = _choose(head(hidden[:, -1]).float(), temperature, generator)
         going = []
