@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ..checks import set_threads
 from ..configuration_eagle import tokenizer_fingerprint
 from ..modeling_eagle import EagleDrafter
 from ..validation import check_drafter, check_tokenizer
@@ -45,8 +46,7 @@ def train(options: TrainOptions) -> dict[str, float]:
     Raises:
         ValueError: before work starts, for data, a target or options that cannot be used.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     # Probabilities this small change nothing and slow a CPU's softmax down several times.
     torch.set_flush_denormal(True)
     out = Path(options.out).resolve()
