@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,25 @@ def named_paths(entries: Sequence[str], argument: str) -> dict[str, str]:
             f"`{argument}` is {list(entries)}, expected NAME=PATH with distinct names."
         )
     return named
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Say which model or tokenizer could not be loaded; around `from_pretrained`.
+
+    Raises:
+        ValueError: for whatever broken files make libraries raise, but for what is an OSError:
+            those say themselves which file it is.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be loaded: {type(error).__name__}: {error}; expected files as "
+            "`save_pretrained` writes them."
+        ) from error
 
 
 def parse_json(text: bytes) -> Any:

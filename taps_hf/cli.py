@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .averaging import average_drafters
+from .checks import loading
 from .command import Parser, run_command
 from .evaluation.commands import add_evaluate
 from .modeling_eagle import EagleDrafter
@@ -46,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _average(options: argparse.Namespace) -> None:
     if Path(options.out).is_file():
         raise ValueError(f"`--out` is {options.out}, a file; expected a folder.")
-    drafters = [EagleDrafter.from_pretrained(name) for name in options.drafters]
+    drafters = []
+    for name in options.drafters:
+        with loading(f"Drafter {name}"):
+            drafters.append(EagleDrafter.from_pretrained(name))
     average_drafters(drafters, options.weights).save_pretrained(options.out)
     print(f"Wrote {options.out}")
 

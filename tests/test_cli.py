@@ -115,6 +115,30 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", DEEP), ("config.json", "[]"), ("model.safetensors", "x")],
+)
+def test_drafters_with_broken_files_are_named(folders, tmp_path, capsys, file, content):
+    (Path(folders[1]) / file).write_text(content)
+    capsys.readouterr()
+    assert main(["average", *folders, "--out", str(tmp_path / "out")]) == 2
+    (*_, line) = capsys.readouterr().err.splitlines()  # libraries show progress before
+    assert f"taps-hf: Drafter {folders[1]} cannot be loaded" in line
+
+
+@pytest.mark.parametrize("content", ["{}", DEEP, "x"])
+def test_targets_with_broken_tokenizers_are_named(files, tmp_path, capsys, content):
+    target = tmp_path / "target"
+    shutil.copytree(files / "tokenizer", target)
+    (target / "tokenizer.json").write_text(content)
+    command = ["regenerate", "--target", str(target), "--data", "x", "--out", "y"]
+    assert main([*command, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"taps-hf: The tokenizer of {target} cannot be loaded")
+    assert said.count("\n") == 1
+
+
 REGENERATE = "regenerate --target tokenizer --data good.jsonl --out out"
 TRAIN = "train --target tokenizer --data good.jsonl --out out"
 EVALUATE = "evaluate --target tokenizer --drafter a=b --benchmark sums=turns.jsonl --out out"

@@ -24,6 +24,7 @@ from ..checks import (
     THREADS,
     check_device,
     check_numbers,
+    loading,
     set_threads,
 )
 from ..modeling_eagle import EagleDrafter
@@ -263,10 +264,11 @@ def _drafters(
     options: EvaluateOptions, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, EagleDrafter]:
     check_target(target)
-    found = {
-        name: EagleDrafter.from_pretrained(path, dtype=target.dtype).to(target.device).eval()
-        for name, path in options.drafters.items()
-    }
+    found = {}
+    for name, path in options.drafters.items():
+        with loading(f"Drafter {name!r} ({path})"):
+            drafter = EagleDrafter.from_pretrained(path, dtype=target.dtype)
+        found[name] = drafter.to(target.device).eval()
     for name, drafter in found.items():
         check_drafter(name, drafter, target)
     check_tokenizer(found, tokenizer)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from .. import validation
-from ..checks import check_device
+from ..checks import check_device, loading
 from ..embedded import load_embedded_target, load_embedded_tokenizer
 
 EMBEDDED = "embedded"
@@ -29,8 +29,9 @@ def load_target(
         chat_template: file with the chat template (Jinja) to use instead of the tokenizer's.
 
     Raises:
-        ValueError: if there is no such file or device, or the tokenizer has no template that can
-            be used and none was given.
+        ValueError: if there is no such file or device, the tokenizer has no template that can be
+            used and none was given, or files are broken.
+        OSError: if there is no such target.
     """
     check_device(device)
     template = None
@@ -43,7 +44,8 @@ def load_target(
             ) from None
     # The tokenizer first: it is small, and may be what is wrong.
     embedded = name == EMBEDDED
-    tokenizer = load_embedded_tokenizer() if embedded else AutoTokenizer.from_pretrained(name)
+    with loading(f"The tokenizer of {name}"):
+        tokenizer = load_embedded_tokenizer() if embedded else AutoTokenizer.from_pretrained(name)
     if template is not None:
         tokenizer.chat_template = template
     elif not tokenizer.chat_template:
@@ -52,7 +54,8 @@ def load_target(
     if embedded:
         target = load_embedded_target(dtype)
     else:
-        target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        with loading(f"The target {name}"):
+            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return target.to(device).eval().requires_grad_(False), tokenizer
 
 

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ..checks import set_threads
+from ..checks import loading, set_threads
 from ..configuration_eagle import tokenizer_fingerprint
 from ..modeling_eagle import EagleDrafter
 from ..validation import check_drafter, check_tokenizer
@@ -280,7 +280,8 @@ def _drafter(
         size = target.get_output_embeddings().weight.shape[0]
         tokens = frequent_tokens(examples, options.draft_vocab, size)
     if options.init_from is not None:
-        drafter = EagleDrafter.from_pretrained(options.init_from, dtype=torch.float32)
+        with loading(f"`init_from` ({options.init_from})"):
+            drafter = EagleDrafter.from_pretrained(options.init_from, dtype=torch.float32)
         check_drafter(options.init_from, drafter, target)
         check_tokenizer({options.init_from: drafter}, tokenizer)
         asked = {"fc_bias": options.fc_bias, "input_norm": options.input_norm}
