@@ -46,7 +46,7 @@ THREADS = Range(at_least=1, at_most=1024)
 
 
 def check_numbers(options: object, ranges: Mapping[str, Range]) -> None:
-    """Raise `ValueError` unless attributes lie in their ranges; None and no numbers pass.
+    """Raise `ValueError` unless attributes lie in their ranges; None and empty sequences do.
 
     Args:
         options: what has the attributes: numbers, or sequences of numbers.
