@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from taps_hf.checks import FINITE, Range, check_device, check_numbers, named_paths
+from taps_hf.command import Parser, run_command
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
 try:
@@ -30,9 +32,7 @@ _ON_A_SPACE = "SPACE_ID" in os.environ
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the page until interrupted; returns the exit status."""
     limits = Limits()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--target", default=default_target(), help="folder, Hub name or `embedded` (%(default)s)"
     )
@@ -63,28 +63,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=not _ON_A_SPACE,
         help="let visitors load other models (default: not on a Space)",
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
-    try:
-        serve(
-            PageOptions(
-                ModelSpec.parse(given.target, given.drafters, given.dtype, given.device),
-                Limits(
-                    prompt_tokens=given.max_prompt_tokens,
-                    new_tokens=given.max_new_tokens,
-                    seconds=given.max_seconds,
-                    comparison_seconds=2 * given.max_seconds,
-                ),
-                given.concurrency,
-                given.queue_size,
-                given.choose_models,
+    return run_command("app.py", lambda: _serve(given), given.debug)
+
+
+def _serve(given: argparse.Namespace) -> None:
+    named_paths(given.drafters, "--drafters")
+    check_device(given.device)
+    # Only that these are numbers: what they may be, the page's limits say.
+    check_numbers(given, {"max_seconds": FINITE, "port": Range(at_least=1, at_most=65535)})
+    serve(
+        PageOptions(
+            ModelSpec.parse(given.target, given.drafters, given.dtype, given.device),
+            Limits(
+                prompt_tokens=given.max_prompt_tokens,
+                new_tokens=given.max_new_tokens,
+                seconds=given.max_seconds,
+                comparison_seconds=2 * given.max_seconds,
             ),
-            given.host,
-            given.port,
-        )
-    except (ValueError, OSError) as error:
-        print(f"app.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+            given.concurrency,
+            given.queue_size,
+            given.choose_models,
+        ),
+        given.host,
+        given.port,
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import taps_hf
 from taps_hf import Auto, Confidence, DynamicTree, EagleDrafter, Merged, Single, Strategy
+from taps_hf.checks import check_device, named_paths, set_threads
 from taps_hf.embedded import (
     EMBEDDED_DRAFTERS,
     load_embedded_target,
@@ -249,8 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _parse(argv)
     prompts = [prompt for spec in options.prompts for prompt in read_prompts(spec)]
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     model, tokenizer = load_target(options.target, options.dtype, options.device)
     dtype = model.dtype
     drafters = load_drafters(options.drafters, options.drafter_dtype, model.device)
@@ -331,9 +331,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="file of results to write or to go on with")
     options = parser.parse_args(argv)
-    names = [entry.partition("=")[0] for entry in options.drafters]
-    if not all("=" in entry for entry in options.drafters) or len({*names}) < len(names):
-        parser.error(f"--drafters {options.drafters}: expected NAME=PATH with distinct names")
+    try:
+        named_paths(options.drafters, "--drafters")
+        check_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
@@ -359,10 +361,9 @@ def load_drafters(
     specs: Sequence[str], dtype: str, device: torch.device
 ) -> dict[str, EagleDrafter]:
     """Drafters by name from NAME=PATH."""
-    paths = dict(spec.partition("=")[::2] for spec in specs)
     return {
         name: EagleDrafter.from_pretrained(path, dtype=dtype).to(device).eval()
-        for name, path in paths.items()
+        for name, path in named_paths(specs, "--drafters").items()
     }
 
 

@@ -30,6 +30,7 @@ from taps_hf import (
     merge,
 )
 from taps_hf.cache import CACHE
+from taps_hf.checks import check_device, set_threads
 from taps_hf.costs import LearntCosts
 from taps_hf.drafting import DrafterSession, topk_by_blocks
 from taps_hf.stacking import groups_of
@@ -118,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tree", nargs=3, type=int, default=[5, 8, 24])
     options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    check_device(options.device)
     target, _ = load_target(options.target, options.dtype, options.device)
     drafters = list(load_drafters(options.drafters, options.dtype, target.device).values())
     tree = DynamicTree(*options.tree)

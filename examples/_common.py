@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from taps_hf import EagleDrafter
+from taps_hf.checks import named_paths
 from taps_hf.embedded import (
     EMBEDDED_DRAFT_VOCAB,
     EMBEDDED_DRAFTERS,
@@ -85,9 +86,7 @@ def load_drafters(
     if named is None:
         named = [f"{name}={path}" for name, path in DRAFTERS.items()]
         draft_vocab = EMBEDDED_DRAFT_VOCAB if draft_vocab is None else draft_vocab
-    paths = dict(entry.partition("=")[::2] for entry in named)
-    if len(paths) < len(named) or not all(name and path for name, path in paths.items()):
-        raise ValueError(f"`--drafters` is {named}, expected NAME=PATH with distinct names.")
+    paths = named_paths(named, "--drafters")
     drafters = {name: EagleDrafter.from_pretrained(path).eval() for name, path in paths.items()}
     if draft_vocab is not None:
         for drafter in drafters.values():

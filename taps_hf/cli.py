@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .averaging import average_drafters
+from .checks import loading
+from .command import Parser, run_command
 from .evaluation.commands import add_evaluate
 from .files import ResultFolder
 from .modeling_eagle import EagleDrafter
@@ -18,8 +18,8 @@ from .training.commands import add_regenerate, add_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="taps-hf", description=__doc__)
+    """Run the command line; returns the exit status, see [`run_command`]."""
+    parser = Parser(prog="taps-hf", description=__doc__)
     commands = parser.add_subparsers(required=True)
     average = commands.add_parser(
         "average", help="write a drafter whose weights are the mean of others'"
@@ -34,18 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_train(commands)
     add_evaluate(commands)
     add_push(commands)
+    # Before the command or after it: there, what is not given must not overrule what was.
+    for known in (parser, *commands.choices.values()):
+        default = False if known is parser else argparse.SUPPRESS
+        known.add_argument(
+            "--debug", action="store_true", default=default, help="show the traceback of an error"
+        )
     options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"taps-hf: {error}", file=sys.stderr)
-        return 2
-    return 0
+    debug = vars(options).pop("debug")
+    return run_command(parser.prog, lambda: options.run(options), debug)
 
 
 def _average(options: argparse.Namespace) -> None:
     result = ResultFolder(Path(options.out), "average")
-    drafters = [EagleDrafter.from_pretrained(name) for name in options.drafters]
+    drafters = []
+    for name in options.drafters:
+        with loading(f"Drafter {name}"):
+            drafters.append(EagleDrafter.from_pretrained(name))
     average = average_drafters(drafters, options.weights)
     with result.writing() as folder:
         average.save_pretrained(folder)

@@ -7,17 +7,18 @@ HF_TOKEN gives; it is neither an argument, nor printed, nor kept.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, RepoCard, get_token
 from huggingface_hub.errors import HTTPError  # of the HTTP library that huggingface_hub is using
 from huggingface_hub.utils import validate_repo_id
 
+from .checks import parse_json
 from .configuration_eagle import EagleDrafterConfig
 from .embedded import EMBEDDED_DRAFTERS
 from .files import ResultFolder
@@ -81,7 +82,7 @@ def check_drafter_folder(folder: Path) -> None:
     if missing:
         raise ValueError(f"{folder} has no {', '.join(missing)}; expected a drafter with its card.")
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        kind = parse_json((folder / "config.json").read_bytes())["model_type"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'} is no configuration of a model.") from None
     if kind != EagleDrafterConfig.model_type:
@@ -89,7 +90,7 @@ def check_drafter_folder(folder: Path) -> None:
             f"{folder / 'config.json'} is of a {kind!r}, expected of a "
             f"{EagleDrafterConfig.model_type!r}."
         )
-    if not RepoCard.load(folder / "README.md").data.to_dict():
+    if not _metadata(folder / "README.md"):
         raise ValueError(f"{folder / 'README.md'} has no metadata, expected YAML at its beginning.")
 
 
@@ -104,13 +105,22 @@ def check_demo(root: Path) -> None:
         )
     for folder in EMBEDDED_DRAFTERS.values():
         check_drafter_folder(root / _CARDS / folder)
-    data = RepoCard.load(root / _CARDS / "space" / "README.md").data.to_dict()
+    data = _metadata(root / _CARDS / "space" / "README.md")
     if data.get("sdk") != "gradio" or data.get("app_file") != "app.py" or "title" not in data:
         raise ValueError(
             f"{root / _CARDS / 'space' / 'README.md'} has sdk {data.get('sdk')!r}, app_file "
             f"{data.get('app_file')!r} and title {data.get('title')!r}; expected 'gradio', "
             "'app.py' and a title."
         )
+
+
+def _metadata(card: Path) -> dict[str, object]:
+    try:
+        return RepoCard.load(card).data.to_dict()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{card} cannot be read: {error}; expected YAML at its beginning."
+        ) from error
 
 
 def assemble_space(root: Path, out: Path, models: Sequence[str] = ()) -> None:

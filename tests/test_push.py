@@ -90,6 +90,9 @@ def test_what_is_wrong_is_said_before_anything_is_uploaded(hub, drafters, clone,
     other = math.parent / "other"
     shutil.copytree(math, other)
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tabs, deep = (shutil.copytree(math, math.parent / name) for name in ("tabs", "deep"))
+    (tabs / "README.md").write_text("---\nlicense:\t[x\n---\nA drafter.\n")
+    (deep / "config.json").write_text("[" * 100_000)
     empty = math.parent / "empty"
     empty.mkdir()
     space = clone / "hub_cards" / "space" / "README.md"
@@ -100,6 +103,8 @@ def test_what_is_wrong_is_said_before_anything_is_uploaded(hub, drafters, clone,
         (["--drafters", empty], "has no README.md, config.json, model.safetensors"),
         (["--drafters", math, chat], "README.md has no metadata"),
         (["--drafters", math, other], "is of a 'llama', expected of a 'taps_eagle'"),
+        (["--drafters", tabs], "README.md cannot be read"),
+        (["--drafters", deep], "config.json is no configuration"),
         (["--drafters", math, math], "folders of the same name"),
         (["--drafters", math, "--space", "no spaces"], "no spaces"),
         (["--drafters", math, "--space", "demo", "--root", empty], "app.py"),
@@ -108,7 +113,7 @@ def test_what_is_wrong_is_said_before_anything_is_uploaded(hub, drafters, clone,
         assert main(["push", "someone", *map(str, arguments)]) == 2
         said = capsys.readouterr()
         assert message in said.err
-        assert "Traceback" not in said.err
+        assert said.err.count("\n") == 1
     assert main(["push", "some/one", "--drafters", str(math)]) == 2
     assert hub.repositories == {}
 

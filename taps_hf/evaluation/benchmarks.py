@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from ..checks import is_unicode, parse_json
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,13 @@ def _read_file(name: str, file: Path) -> list[Question]:
         raise ValueError(f"{file} does not exist, expected a file of JSON lines for {name}.")
     rows = []
     # Not splitlines(), which also splits at separators that may stand in a text.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{file.name}, line {number}"
         try:
-            rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
+            rows.append((where, parse_json(line)))
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error}).") from None
     return _questions(name, rows)
 
@@ -119,10 +120,12 @@ def _questions(name: str, rows: list[tuple[str, Any]]) -> list[Question]:
         turns = row.get("turns") if isinstance(row, Mapping) else None
         if not isinstance(turns, list) or not turns or not all(_is_text(turn) for turn in turns):
             raise ValueError(f"{where}: expected an object with `turns`, a list of texts.")
-        key = str(row.get("question_id", number))
+        key, category = str(row.get("question_id", number)), str(row.get("category") or "")
+        if not all(map(is_unicode, (*turns, key, category))):
+            raise ValueError(f"{where}: half of a surrogate pair, expected text in Unicode.")
         if key in found:
             raise ValueError(f"{where}: `question_id` {key} occurs twice, expected distinct ones.")
-        found[key] = Question(name, key, tuple(turns), str(row.get("category") or ""))
+        found[key] = Question(name, key, tuple(turns), category)
     if not found:
         raise ValueError(f"{name} has no questions, expected at least one.")
     return list(found.values())

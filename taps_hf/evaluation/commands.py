@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..checks import named_paths
+
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
@@ -55,14 +57,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     given = vars(options).copy()
     del given["run"]
-    pairs = [text.partition("=")[::2] for text in given.pop("drafter")]
-    if any(not (name and path) for name, path in pairs):
-        raise ValueError(f"`--drafter` is {options.drafter}, expected NAME=PATH each.")
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"`--drafter` is {options.drafter}, expected distinct names.")
     evaluate(
         EvaluateOptions(
-            drafters=dict(pairs),
+            drafters=named_paths(given.pop("drafter"), "--drafter"),
             benchmarks=given.pop("benchmark"),
             temperatures=given.pop("temperature"),
             tree=tuple(given.pop("tree")),

@@ -15,6 +15,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging import average_drafters
+from ..checks import (
+    COUNT,
+    FINITE,
+    NOT_NEGATIVE,
+    SEED,
+    THREADS,
+    check_device,
+    check_numbers,
+    loading,
+    set_threads,
+)
 from ..files import check_begun, hold, read_json, write_json, write_text
 from ..modeling_eagle import EagleDrafter
 from ..shapes import DynamicTree
@@ -31,6 +42,16 @@ from .replay import replay
 from .variants import Variant, standard_variants
 
 _SIDE_BY_SIDE = 32  # answers that are replayed together
+_RANGES = {
+    "lambdas": FINITE,
+    "limit": COUNT,
+    "temperatures": NOT_NEGATIVE,
+    "max_new_tokens": COUNT,
+    "live": NOT_NEGATIVE,
+    "record_batch": COUNT,
+    "threads": THREADS,
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -99,14 +120,10 @@ class EvaluateOptions:
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}, expected float32, bfloat16 or float16."
                 )
-
-        least = {"live": 0, "limit": 1, "max_new_tokens": 1, "record_batch": 1}
-        for name, number in least.items():
-            value = getattr(self, name)
-            if value is not None and value < number:
-                raise ValueError(f"`{name}` is {value}, expected {number} or more.")
-        if min(self.temperatures) < 0:
-            raise ValueError(f"`temperatures` are {self.temperatures}, expected 0 or more.")
+        check_numbers(self, _RANGES)
+        DynamicTree(*self.tree)  # refuses what is no tree
+        if self.device is not None:
+            check_device(self.device)
 
     def record_options(self, temperature: float) -> RecordOptions:
         """How the target answers at a temperature."""
@@ -132,8 +149,7 @@ def evaluate(options: EvaluateOptions) -> None:
     records = options.records or options.out / "records"
     for folder in (options.out, records):
         check_begun(folder, "settings.json")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     torch.set_flush_denormal(True)
     questions: list[Question] = []
     names = [spec.partition("=")[0] for spec in options.benchmarks]
@@ -265,7 +281,7 @@ def _other_results(folders: Sequence[Path]) -> dict[str, dict[str, list]]:
         try:
             name = json.loads((folder / "settings.json").read_text())["measured"]["target"]
             tables_of = json.loads((folder / "results.json").read_text())
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{folder} is no folder of results: {error!r}.") from None
         if name in found:
             raise ValueError(f"{folder} has results of {name}, as another one; expected one each.")
@@ -277,10 +293,11 @@ def _drafters(
     options: EvaluateOptions, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, EagleDrafter]:
     check_target(target)
-    found = {
-        name: EagleDrafter.from_pretrained(path, dtype=target.dtype).to(target.device).eval()
-        for name, path in options.drafters.items()
-    }
+    found = {}
+    for name, path in options.drafters.items():
+        with loading(f"Drafter {name!r} ({path})"):
+            drafter = EagleDrafter.from_pretrained(path, dtype=target.dtype)
+        found[name] = drafter.to(target.device).eval()
     for name, drafter in found.items():
         check_drafter(name, drafter, target)
     check_tokenizer(found, tokenizer)

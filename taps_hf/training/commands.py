@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import check_device, set_threads
 from ..embedded import EMBEDDED_TARGET
 from .conversations import DataSource
 from .features import FeatureStore
@@ -60,8 +61,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _regenerate(options: argparse.Namespace) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    check_device(options.device)
     asked = RegenerateOptions(
         **{name: getattr(options, name) for name in vars(RegenerateOptions())}
     )

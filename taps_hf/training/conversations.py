@@ -11,11 +11,14 @@ import hashlib
 import json
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..checks import is_unicode, parse_json
 
 Message = dict[str, str]
 
@@ -136,6 +139,8 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
         raise UnusableRowError("turns do not alternate between user and assistant")
+    if not all(is_unicode(m["content"]) for m in said):
+        raise UnusableRowError("a text with half of a surrogate pair, which is no character")
     if any(m["role"] == "user" and not m["content"].strip() for m in said):
         raise UnusableRowError("an empty question")
     if any(m["role"] == "assistant" and not m["content"].strip() for m in said):
@@ -150,8 +155,8 @@ def _messages(said: Any, field_name: str, role: str, content: str) -> list[Messa
     for message in said:
         if not isinstance(message, Mapping) or not {role, content} <= set(message):
             raise UnusableRowError(f"an entry of `{field_name}` lacks `{role}` or `{content}`")
-        if message[role] not in _ROLES:
-            raise UnusableRowError(f"unknown role {message[role]!r}")
+        if not isinstance(message[role], str) or message[role] not in _ROLES:
+            raise UnusableRowError(f"unknown role {message[role]!r:.40}")
         if not isinstance(message[content], str):
             raise UnusableRowError(f"`{content}` of an entry is not text")
         found.append({"role": _ROLES[message[role]], "content": message[content]})
@@ -170,8 +175,9 @@ def read_rows(source: DataSource, report: DataReport, seed: int) -> list[SourceR
     Lines that are no JSON objects are counted in `report`.
 
     Raises:
-        ValueError: if there is no such file and `datasets` is not installed or knows no such set,
-            if there are no rows, or fewer than the `count` asked for.
+        ValueError: if a compressed file is not whole; if there is no such file and `datasets` is
+            not installed or knows no such set; if there are no rows, or fewer than the `count`
+            asked for.
     """
     rows = list(_rows(source.name, report))
     if not rows:
@@ -220,17 +226,15 @@ def read_mixture(
 def _rows(name: str, report: DataReport) -> Iterator[SourceRow]:
     path = Path(name)
     if path.is_file():
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    fields = json.loads(line)
-                except json.JSONDecodeError:
-                    fields = None
-                if isinstance(fields, dict):
-                    yield SourceRow(fields, path.name, number)
-                else:
-                    report.count("not a JSON object", f"{path.name}:{number}")
+        for number, line in enumerate(_lines(path), start=1):
+            try:
+                fields = parse_json(line)
+            except ValueError:
+                fields = None
+            if isinstance(fields, dict):
+                yield SourceRow(fields, path.name, number)
+            else:
+                report.count("not a JSON object", f"{path.name}:{number}")
         return
     if path.suffix in {".json", ".jsonl", ".gz"}:
         raise ValueError(f"{name} does not exist, expected a file of JSON lines.")
@@ -242,3 +246,18 @@ def _rows(name: str, report: DataReport) -> Iterator[SourceRow]:
         ) from None
     for number, fields in enumerate(load_dataset(name, split="train"), start=1):
         yield SourceRow(fields, name, number)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    number = 1
+    with opened(path, "rb") as file:
+        try:
+            for line in file:
+                yield line
+                number += 1
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            # Not a row to count: nobody knows how many are missing.
+            raise ValueError(
+                f"{path}, line {number}: {error}; expected a whole gzip file."
+            ) from None

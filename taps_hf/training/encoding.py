@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .conversations import DataReport, Message, SourceRow, UnusableRowError, messages_of
 
@@ -34,14 +35,13 @@ def encode(
     `end_of_turn` ids.
 
     Raises:
-        UnusableRowError: if nothing in the template's text tells the assistant's tokens apart.
+        UnusableRowError: if nothing in the template's text tells the assistant's tokens apart, or
+            the template refuses the conversation.
         ValueError: if the tokenizer has no chat template.
     """
     template = tokenizer.get_chat_template()
     if re.search(r"\{%-?\s*generation\b", template):
-        found = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
+        found = _apply(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
         marks = [bool(mark) for mark in found["assistant_masks"]]
         if not any(marks):
             raise UnusableRowError("the chat template marks no token as the assistant's")
@@ -68,8 +68,15 @@ def encode(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue."""
-    return _ids(tokenizer, messages, add_generation_prompt=True)
+    """Token ids of a conversation that the assistant is to continue.
+
+    Raises:
+        UnusableRowError: if the chat template refuses it, or makes nothing of it.
+    """
+    ids = _ids(tokenizer, messages, add_generation_prompt=True)
+    if not ids:
+        raise UnusableRowError("the chat template makes nothing of it")
+    return ids
 
 
 def encode_rows(
@@ -122,6 +129,15 @@ def _ids(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
 ) -> list[int]:
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
+    return _apply(
+        tokenizer, messages, add_generation_prompt=add_generation_prompt, return_dict=False
     )
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **how: bool
+) -> list[int] | BatchEncoding:
+    try:
+        return tokenizer.apply_chat_template(list(messages), **how)
+    except TemplateError as error:  # many templates refuse systems, or turns they do not know
+        raise UnusableRowError(f"the chat template refuses it: {error}") from error

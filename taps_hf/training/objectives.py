@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from ..checks import COUNT, NOT_NEGATIVE, check_numbers
 from ..modeling_eagle import EagleDrafter
 from .features import features_of
 
@@ -45,12 +46,9 @@ class ObjectiveOptions:
     noise: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, least in [("steps", 1), ("top_k", 1)]:
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected {least} or more.")
-        for name in ("regression_weight", "token_weight", "top_k_weight", "noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more.")
+        weights = ("regression_weight", "token_weight", "top_k_weight", "noise")
+        ranges = {"steps": COUNT, "top_k": COUNT, **dict.fromkeys(weights, NOT_NEGATIVE)}
+        check_numbers(self, ranges)
         if not self.regression_weight + self.token_weight + self.top_k_weight:
             raise ValueError("All weights of the objective are 0, expected one above.")
 

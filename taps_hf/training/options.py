@@ -12,6 +12,15 @@ from typing import Any
 
 import yaml
 
+from ..checks import (
+    COUNT,
+    NOT_NEGATIVE,
+    SEED,
+    THREADS,
+    Range,
+    check_device,
+    check_numbers,
+)
 from .conversations import DataSource
 from .muon import check_muon
 from .objectives import ObjectiveOptions
@@ -19,6 +28,25 @@ from .objectives import ObjectiveOptions
 OBJECTIVES = ("eagle", "hass")
 STARTS = ("random", "least_squares")
 OPTIMIZERS = ("adamw", "muon")
+_RANGES = {
+    "held_out": Range(above=0, below=1),
+    "eval_rows": COUNT,
+    "eval_depth": COUNT,
+    "max_length": Range(at_least=4),
+    "draft_vocab": COUNT,
+    "epochs": Range(above=0),
+    "max_steps": Range(at_least=-1),
+    "batch_size": COUNT,
+    "gradient_accumulation": COUNT,
+    "learning_rate": Range(above=0),
+    "warmup": Range(at_least=0, below=1),
+    "weight_decay": NOT_NEGATIVE,
+    "beta2": Range(at_least=0, below=1),
+    "clip": NOT_NEGATIVE,
+    "evaluations": COUNT,
+    "threads": THREADS,
+    "seed": SEED,
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -94,22 +122,15 @@ class TrainOptions:
             raise ValueError(f"`optimizer` is {self.optimizer!r}, expected one of {OPTIMIZERS}.")
         if self.optimizer == "muon":
             check_muon()
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"`held_out` is {self.held_out}, expected a share between 0 and 1.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"`dtype` is {self.dtype!r}, expected bfloat16, float16 or float32.")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"`device` is {self.device!r}, expected cpu or cuda.")
-        if self.max_steps == 0 or self.epochs <= 0 or not 0 <= self.warmup < 1:
-            raise ValueError(
-                f"`epochs`, `max_steps` and `warmup` are {self.epochs}, {self.max_steps} and "
-                f"{self.warmup}, expected more than none, and a share below 1."
-            )
-        least = {"eval_rows": 1, "eval_depth": 1, "max_length": 4, "batch_size": 1}
-        least |= {"gradient_accumulation": 1, "evaluations": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected {number} or more.")
+        if self.device is not None:
+            check_device(self.device)
+        check_numbers(self, _RANGES)
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` is 0, expected at least 1, or -1 for `epochs`.")
         self.objective_options()
         self.sources()
 
@@ -169,9 +190,14 @@ def train_options(given: Mapping[str, Any], recipe: Path | None = None) -> Train
     """
     values: dict[str, Any] = {}
     if recipe is not None:
-        values = yaml.safe_load(recipe.read_text())
+        try:
+            values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+            raise ValueError(f"{recipe} cannot be read: {error}; expected YAML.") from None
         known = {item.name for item in dataclasses.fields(TrainOptions)}
         if not isinstance(values, dict) or set(values) - known:
-            odd = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+            odd = type(values).__name__
+            if isinstance(values, dict):
+                odd = [key for key in values if key not in known]
             raise ValueError(f"{recipe} has {odd}, expected fields among {sorted(known)}.")
     return TrainOptions(**{**values, **given})

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import CACHE, InPlaceCache
+from ..checks import COUNT, NOT_NEGATIVE, SEED, check_numbers
 from ..files import cut_off, digest_of_file, hold, read_json, starts_like, write_json
 from .conversations import (
     DataReport,
@@ -150,11 +151,9 @@ class RegenerateOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least 1.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}, expected 0 or more.")
+        counts = ("max_prompt_tokens", "max_new_tokens", "batch_size", "chunk_size")
+        ranges = {**dict.fromkeys(counts, COUNT), "temperature": NOT_NEGATIVE, "seed": SEED}
+        check_numbers(self, ranges)
 
 
 @dataclass(frozen=True)

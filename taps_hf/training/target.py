@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from .. import validation
+from ..checks import check_device, loading
 from ..embedded import load_embedded_target, load_embedded_tokenizer
 
 EMBEDDED = "embedded"
@@ -28,26 +29,53 @@ def load_target(
         chat_template: file with the chat template (Jinja) to use instead of the tokenizer's.
 
     Raises:
-        ValueError: if there is no such file, or the tokenizer has no template and none was given.
+        ValueError: if there is no such file or device, the tokenizer has no template that can be
+            used and none was given, or files are broken.
+        OSError: if there is no such target.
     """
+    check_device(device)
     template = None
     if chat_template is not None:
         try:
             template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"`chat_template` cannot be read: {error}.") from None
+        except (OSError, UnicodeError) as error:
+            raise ValueError(
+                f"`chat_template` cannot be read from {chat_template}: {error}."
+            ) from None
     # The tokenizer first: it is small, and may be what is wrong.
     embedded = name == EMBEDDED
-    tokenizer = load_embedded_tokenizer() if embedded else AutoTokenizer.from_pretrained(name)
+    with loading(f"The tokenizer of {name}"):
+        tokenizer = load_embedded_tokenizer() if embedded else AutoTokenizer.from_pretrained(name)
     if template is not None:
         tokenizer.chat_template = template
     elif not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {name} has no chat template, expected `chat_template`.")
+    _check_template(tokenizer, chat_template or f"of {name}")
     if embedded:
         target = load_embedded_target(dtype)
     else:
-        target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        with loading(f"The target {name}"):
+            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return target.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    """Raise `ValueError` unless the chat template can say what a user says."""
+    said = [{"role": "user", "content": "Hello"}]
+    try:
+        text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program: it can raise anything
+        line = getattr(error, "lineno", None)
+        where = f", line {line}" if line else ""
+        raise ValueError(
+            f"`chat_template` ({origin}{where}) cannot be used: {error}; expected a template "
+            "(Jinja) of messages."
+        ) from error
+    if "Hello" not in text:
+        raise ValueError(
+            f"`chat_template` ({origin}) makes {text!r:.60} of a user's 'Hello', expected it in "
+            "the text."
+        )
 
 
 # By which some families change the head's output before it is a distribution.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ..checks import loading, set_threads
 from ..configuration_eagle import tokenizer_fingerprint
 from ..files import ResultFolder, check_begun, hold, read_json, write_json
 from ..modeling_eagle import EagleDrafter
@@ -48,8 +49,7 @@ def train(options: TrainOptions) -> dict[str, float]:
         ValueError: before work starts, for data, a target, options or an `out` that cannot be used.
     """
     result = ResultFolder(Path(options.out), "train")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     # Probabilities this small change nothing and slow a CPU's softmax down several times.
     torch.set_flush_denormal(True)
     work = result.folder.with_name(result.folder.name + ".checkpoints")
@@ -294,7 +294,8 @@ def _drafter(
         size = target.get_output_embeddings().weight.shape[0]
         tokens = frequent_tokens(examples, options.draft_vocab, size)
     if options.init_from is not None:
-        drafter = EagleDrafter.from_pretrained(options.init_from, dtype=torch.float32)
+        with loading(f"`init_from` ({options.init_from})"):
+            drafter = EagleDrafter.from_pretrained(options.init_from, dtype=torch.float32)
         check_drafter(options.init_from, drafter, target)
         check_tokenizer({options.init_from: drafter}, tokenizer)
         asked = {"fc_bias": options.fc_bias, "input_norm": options.input_norm}

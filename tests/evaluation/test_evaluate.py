@@ -153,7 +153,7 @@ def test_bad_input_is_refused_and_named(folder, tmp_path, capsys):
     refused("expected two different ones or more", "--compose", "math")
     refused("distinct names", "--benchmark", f"sums={folder / 'talk.jsonl'}")
     refused("`live` is -1", "--live", "-1")
-    refused("`temperatures` are", "--temperature", "-1")
+    refused("`temperatures` is -1.0", "--temperature", "-1")
     refused("is no folder of results", "--others", str(tmp_path / "none"))
     refused("hidden", "--drafter", f"wide={wide}")
     refused(

@@ -69,6 +69,10 @@ def test_instructions_become_two_messages():
         ({"messages": [{"role": "user"}]}, "lacks `role` or `content`"),
         ({"messages": [{"role": "user", "content": None}]}, "not text"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "unknown role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"unknown role \['user'\]"),
+        ({"messages": [{"role": None, "content": "x"}]}, "unknown role None"),
+        ({"instruction": "\ud800", "output": "x"}, "half of a surrogate pair"),
+        ({"messages": [SAID[0], {**SAID[1], "content": "x\udfff"}]}, "half of a surrogate pair"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(row, reason):
@@ -138,11 +142,24 @@ def test_mixtures_by_count_and_by_share(tmp_path):
 
 def test_lines_that_are_no_objects_are_counted(tmp_path):
     file = tmp_path / "x.jsonl"
-    file.write_text('{"instruction": "a", "output": "b"}\n{"half\n[1]\n')
+    unreadable = b'{"half', b"[1]", b'{"caf\xe9": 1}', b"[" * 100_000, b"9" * 10_000
+    file.write_bytes(b"\n".join((b'{"instruction": "a", "output": "b"}', *unreadable)))
     report = DataReport()
     assert len(read_mixture([DataSource(str(file))], report)) == 1
-    assert report.problems == {"not a JSON object": 2}
+    assert report.problems == {"not a JSON object": len(unreadable)}
     assert "first: x.jsonl:2" in str(report)
+
+
+def test_compressed_files_that_are_not_whole_are_refused(tmp_path):
+    """However many rows come before: nobody knows how many are missing."""
+    rows = "".join(json.dumps({"instruction": str(i), "output": "x"}) + "\n" for i in range(5000))
+    whole = gzip.compress(rows.encode())
+    broken = {"short": whole[:-100], "flipped": whole[:-4000] + b"\xff" * 4000, "plain": b"{}\n"}
+    for name, content in broken.items():
+        file = tmp_path / f"{name}.jsonl.gz"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}.jsonl.gz, line \d+: .* whole gzip file"):
+            read_mixture([DataSource(str(file))], DataReport())
 
 
 def test_what_is_not_there_is_refused(tmp_path, monkeypatch):

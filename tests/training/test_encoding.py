@@ -40,6 +40,20 @@ def test_templates_that_tell_nothing_apart_are_refused():
         encode(chat_tokenizer(MARKED), SAID[:1])
 
 
+def test_conversations_that_a_template_refuses_are_counted():
+    refusing = (
+        CHATML + "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    tokenizer = chat_tokenizer(refusing)
+    row = {"messages": [{"role": "system", "content": "t5"}, *SAID]}
+    report = DataReport()
+    rows = [SourceRow(row, "f", 1), SourceRow({"messages": SAID}, "f", 2)]
+    assert len(encode_rows(tokenizer, rows, 100, report, [2])) == 1
+    assert report.first == {"the chat template refuses it: no": "f:1"}
+    with pytest.raises(UnusableRowError, match="makes nothing of it"):
+        encode_prompt(chat_tokenizer("{{ '' }}"), SAID[:1])
+
+
 def test_every_row_is_used_or_counted():
     tokenizer = chat_tokenizer(CHATML)
     fields = [

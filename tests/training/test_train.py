@@ -355,7 +355,7 @@ def test_bad_input_is_refused_before_work(options, folder, tmp_path, capsys):
     refused("`device` is 'gpu'", device="gpu")
     refused("`learning_rate` is '3e-5'", learning_rate="3e-5")
     refused("`data` is 'a.jsonl'", data="a.jsonl")
-    refused("expected more than none", epochs=0)
+    refused("`epochs` is 0, expected above 0", epochs=0)
     refused("`out` is", out=3)
     refused("is given twice", eval_data=options.data)
     refused("`draft_vocab` is 17", draft_vocab=17, out=str(tmp_path / "a"))
