@@ -108,9 +108,11 @@ def check_target(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: for encoder-decoder models, attention kernels that take no tree mask, layers of
-            kinds that cannot forget a rejected branch, and models without position ids or a head.
+            kinds that cannot forget a rejected branch, models without position ids or a head, and
+            models whose inputs somebody else prepares.
     """
     kind = type(model).__name__
+    _check_preparation(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"The target is an encoder-decoder model ({kind}), expected decoder-only.")
     config = model.config.get_text_config(decoder=True)
@@ -137,6 +139,30 @@ def check_target(model: PreTrainedModel) -> None:
         )
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"The target ({kind}) has no LM head, expected a causal language model.")
+
+
+def _check_preparation(model: PreTrainedModel) -> None:
+    """Refuse a `prepare_inputs_for_generation` set on the object: trees are prepared without it.
+
+    peft sets one on the base model while `PeftModel.generate` runs with prompt learning, to put
+    virtual tokens or a prefix before the prompt. Afterwards it leaves the class's own there.
+    """
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    owner = getattr(prepare, "__self__", None)
+    own = type(model).prepare_inputs_for_generation
+    if prepare is None or (owner is model and getattr(prepare, "__func__", None) is own):
+        return
+    adapter = getattr(owner, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"The target's adapter is {getattr(adapter.peft_type, 'value', adapter.peft_type)}, "
+            "which puts learnt states before the prompt that draft trees do not have; expected an "
+            "adapter inside the layers (LoRA, IA3, ...), or none (`disable_adapter`)."
+        )
+    raise ValueError(
+        f"The target ({type(model).__name__}) has a `prepare_inputs_for_generation` of its own "
+        f"({prepare!r}), which draft trees would bypass; expected the one of its class."
+    )
 
 
 def check_drafter(name: str, drafter: EagleDrafter, model: PreTrainedModel) -> None:

@@ -182,6 +182,15 @@ def test_targets_that_take_no_tree():
     refused("both ways", target=both_ways, assistant_models=tiny_drafters(2, "gemma3_text"))
 
 
+def test_inputs_prepared_by_the_object():
+    target = copy.deepcopy(tiny_target())
+    own = target.prepare_inputs_for_generation
+    target.prepare_inputs_for_generation = lambda *args, **kwargs: own(*args, **kwargs)
+    refused("`prepare_inputs_for_generation` of its own .*lambda.* bypass", target=target)
+    target.prepare_inputs_for_generation = own  # as peft leaves it
+    target.generate(prompt(), max_new_tokens=3, assistant_models=tiny_drafters(1))
+
+
 def test_targets_of_another_kind():
     config = AutoConfig.for_model(
         "t5",
