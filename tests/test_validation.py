@@ -72,17 +72,6 @@ def test_trees_and_verification():
         taps_hf.Merged("concatenate")
 
 
-def test_a_strategy_that_returns_something_else():
-    class Wrong(taps_hf.Strategy):
-        def compose(self, trees, history):
-            return next(iter(trees.values()))
-
-    with pytest.raises(ValueError, match=r"Wrong\.compose returned a DraftTree"):
-        tiny_target().generate(
-            prompt(), max_new_tokens=5, assistant_models=tiny_drafters(1), strategy=Wrong()
-        )
-
-
 @pytest.mark.parametrize(
     ("rope", "fits", "refused_"),
     [
