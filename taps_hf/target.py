@@ -99,7 +99,7 @@ class TargetSession:
             None if mask is None or bool(mask.all()) else mask.to(self.device).bool()
         )
         self._cache = InPlaceCache(cache)
-        self._stored: list[int] | None = None  # set between a pass and its `keep`
+        self._stored: list[int] | None = None  # before a pass, until it is kept
 
     def prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the prompt up to, not including, its last token (the first root).
@@ -116,6 +116,7 @@ class TargetSession:
         for start in range(0, tokens.shape[1], step):
             chunk = slice(start, start + step)
             end = self._cache.length + tokens[:, chunk].shape[1]
+            self._stored = self._cache.stored_lengths()
             output = decoder(
                 input_ids=tokens[:, chunk],
                 attention_mask=None
@@ -125,6 +126,7 @@ class TargetSession:
                 past_key_values=self._cache.cache,
                 use_cache=True,
             )
+            self._stored = None
             features.append(output.last_hidden_state[0])
         following = self._new_tokens[0, 1:]
         if not features:
@@ -163,7 +165,7 @@ class TargetSession:
     def release(self) -> None:
         """Give the cache back to its owner in transformers' own form.
 
-        After an error between a pass and its `keep`, without anything of that pass.
+        After an error in a pass, or between it and its `keep`, without anything of that pass.
         """
         if self._stored is not None:
             self._cache.keep(self._stored, [])
