@@ -146,17 +146,17 @@ class SpeculativeDecoding:
         recording = as_dict or self.on_cycle is not None
         trace = DraftTrace(tuple(self.drafters)) if recording else None
 
-        generator = TreeCandidateGenerator(
-            model,
-            list(self.drafters.values()),
-            self.strategy,
-            self.tree,
-            generation_config.max_length,
-            sample_temperature,
-            with_entropy=recording and self.output_draft_trees,
-        )
         target = TargetSession(model, input_ids, generation_config, model_kwargs)
         try:
+            generator = TreeCandidateGenerator(
+                model,
+                list(self.drafters.values()),
+                self.strategy,
+                self.tree,
+                generation_config.max_length,
+                sample_temperature,
+                with_entropy=recording and self.output_draft_trees,
+            )
             # 1. The prompt, up to its last token: the first root.
             clock = Stopwatch(target.device)
             generator.observe(*target.prefill())

@@ -5,7 +5,6 @@ Each message names the argument, what was found and what was expected.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +18,7 @@ from .configuration_eagle import tokenizer_fingerprint
 from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
 from .strategies import Strategy
+from .target import check_forward
 from .verification import VERIFIERS
 
 # What generate() hands to a decoding method and a text-only target's forward takes.
@@ -109,7 +109,7 @@ def check_target(model: PreTrainedModel) -> None:
     Raises:
         ValueError: for encoder-decoder models, attention kernels that take no tree mask, layers of
             kinds that cannot forget a rejected branch, models without position ids or a head, and
-            models whose inputs somebody else prepares.
+            methods set on the object that would be bypassed.
     """
     kind = type(model).__name__
     _check_preparation(model)
@@ -133,10 +133,7 @@ def check_target(model: PreTrainedModel) -> None:
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError(f"The target ({kind}) attends both ways, expected a causal model.")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"The target's forward ({kind}) takes no `position_ids`, which nodes of a tree need."
-        )
+    check_forward(model)
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"The target ({kind}) has no LM head, expected a causal language model.")
 

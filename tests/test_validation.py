@@ -195,7 +195,7 @@ def test_targets_of_another_kind():
     with pytest.raises(ValueError, match="encoder-decoder"):
         encoder_decoder.generate(prompt(), assistant_models=tiny_drafters(1))
     mpt = MptForCausalLM(MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=1))
-    refused("takes no `position_ids`", target=mpt, assistant_models=tiny_drafters(1))
+    refused("names no `position_ids`", target=mpt, assistant_models=tiny_drafters(1))
 
 
 def test_a_drafter_for_another_target():
