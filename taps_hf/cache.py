@@ -93,7 +93,8 @@ class _GrowingMixin:
             rows: int64 of shape (count,), ascending, relative to `past`; None for 0..count-1.
             count: number of entries to keep after `past`.
         """
-        if not self.is_initialized:  # layers that share another layer's states store none
+        # Layers that share another layer's states store none; a pass can fail before the first.
+        if not hasattr(self, "_buffers") or self._buffers[1].data is None:
             return
         if rows is not None:
             rows = rows.to(self.keys.device)
@@ -262,7 +263,9 @@ class InPlaceCache:
         layers = []
         for i, grown in enumerate(self.cache.layers):
             layer = self._layers[i] if i < len(self._layers) else DynamicLayer()
-            if grown.is_initialized:
+            if isinstance(grown, GrowingSlidingWindowLayer):
+                grown.forget()  # the prefill's states, if no pass came after it
+            if grown.is_initialized and grown.keys.numel():
                 if not layer.is_initialized:
                     layer.lazy_initialization(grown.keys, grown.values)
                 # Copies, so that the buffers with their slack are not kept alive.

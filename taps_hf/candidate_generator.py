@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
 from .stacking import groups_of
 from .strategies import Choice, CycleOutcome, GenerationContext, Strategy
+from .strategies.checks import check_asked, check_choice
 from .tree import DraftTree, move
 
 
@@ -52,11 +54,18 @@ class TreeCandidateGenerator(CandidateGenerator):
         self.max_length = max_length
         self.history: list[CycleOutcome] = []
         self._num_drafters = len(drafters)
+        self._vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        self._sampled = sample_temperature is not None
         self.strategy = strategy.begin(
             GenerationContext(
                 len(drafters), target.device, lambda: learnt_costs(target, drafters, tree)
             )
         )
+        if not isinstance(self.strategy, Strategy):
+            raise ValueError(
+                f"{type(strategy).__name__}.begin returned a {type(self.strategy).__name__}, "
+                "expected a taps_hf.Strategy."
+            )
         self._sessions = [
             DrafterSession(
                 [drafters[index] for index in group],
@@ -92,10 +101,17 @@ class TreeCandidateGenerator(CandidateGenerator):
 
         Returns:
             the strategy's choice, its tree on the CPU.
+
+        Raises:
+            ValueError: naming the strategy, if what it decided makes no sense.
         """
         if max_depth < 1 or not self._sessions[0].has_context:
             return Choice(DraftTree.root(root.cpu(), self._num_drafters), ())
-        asked = self.strategy.drafters_to_run(self._num_drafters, self.history)
+        asked = check_asked(
+            self.strategy,
+            self.strategy.drafters_to_run(self._num_drafters, self.history),
+            self._num_drafters,
+        )
         grown: dict[int, DraftTree] = {}
         for session in self._sessions:
             wanted = [index for index in asked if index in session.indices]
@@ -110,11 +126,12 @@ class TreeCandidateGenerator(CandidateGenerator):
         if not trees:
             return Choice(DraftTree.root(root.cpu(), self._num_drafters), ())
         choice = self.strategy.compose(trees, self.history)
-        if not isinstance(choice, Choice):
-            raise ValueError(
-                f"{type(self.strategy).__name__}.compose returned a {type(choice).__name__}, "
-                "expected a taps_hf.Choice."
-            )
+        check_choice(
+            self.strategy, choice, int(root), self._num_drafters, self._vocab_size, self._sampled
+        )
+        deep = choice.tree.depths > max_depth  # a strategy's own proposals: it knows no limit
+        if deep.any():
+            choice = replace(choice, tree=choice.tree.select((~deep).nonzero().squeeze(1)))
         return choice
 
     def record(self, outcome: CycleOutcome) -> None:

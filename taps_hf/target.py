@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -33,13 +36,58 @@ def _recording(model: PreTrainedModel) -> tuple[PreTrainedModel, _Recorder]:
     What the LM head reads is wanted beside the logits, without keeping all layers' hidden states
     and without a hook on a model that other threads may be using (transformers 5.0 collects
     `output_hidden_states` by patching the layers, which two threads can leave patched for good).
+
+    The shell's `forward` is the model's, one set on the object included ([`check_forward`]).
     """
     recorder = _Recorder(model.base_model)
     shell = copy.copy(model)
     shell.__dict__["_modules"] = {**model._modules, model.base_model_prefix: recorder}
-    # accelerate binds `forward` to the original; its hooks on the submodules stay in effect.
-    shell.__dict__.pop("forward", None)
+    # A compiled model is one with the original's modules; accelerate's hooks on those stay in
+    # effect, and its wrapper around the model itself only moves inputs and outputs.
+    shell.__dict__["_compiled_call_impl"] = None
+    forward = shell.__dict__.pop("forward", None)
+    if forward is not None and not _dispatched(model):
+        shell.__dict__["forward"] = types.MethodType(forward.__func__, shell)
     return shell, recorder
+
+
+def check_forward(model: PreTrainedModel) -> None:
+    """Check that the model's `forward` can be run with a recorder in it.
+
+    Raises:
+        ValueError: if it names no `position_ids`, or is a function set on the object that is not
+            bound to it: that would run the object's own modules, whatever it is called on.
+    """
+    kind = type(model).__name__
+    parameters = inspect.signature(type(model).forward).parameters
+    if "position_ids" not in parameters:
+        taking = ", ".join(str(parameter) for parameter in list(parameters.values())[1:])
+        raise ValueError(
+            f"The target's forward ({kind}) names no `position_ids`, which nodes of a tree need: "
+            f"it takes ({taking}). Expected it among the named parameters."
+        )
+    forward = vars(model).get("forward")
+    if forward is None or _dispatched(model):
+        return
+    if not isinstance(forward, types.MethodType) or forward.__self__ is not model:
+        raise ValueError(
+            f"The target ({kind}) has a `forward` of its own that is not a method bound to it (a "
+            f"{type(forward).__name__}), which draft trees would bypass; expected the one of its "
+            "class, or types.MethodType(function, model)."
+        )
+
+
+def _dispatched(model: PreTrainedModel) -> bool:
+    """Whether the object's `forward` is nothing but accelerate's, for a `device_map`."""
+    hook = vars(model).get("_hf_hook")
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    wrapper = getattr(vars(model).get("forward"), "func", None)  # of a functools.partial
+    old = vars(model).get("_old_forward")
+    return (
+        all(isinstance(hook, AlignDevicesHook) for hook in hooks)
+        and getattr(wrapper, "__module__", None) == AlignDevicesHook.__module__
+        and getattr(old, "__func__", None) is type(model).forward
+    )
 
 
 class TargetSession:
@@ -99,7 +147,7 @@ class TargetSession:
             None if mask is None or bool(mask.all()) else mask.to(self.device).bool()
         )
         self._cache = InPlaceCache(cache)
-        self._stored: list[int] | None = None  # set between a pass and its `keep`
+        self._stored: list[int] | None = None  # before a pass, until it is kept
 
     def prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the prompt up to, not including, its last token (the first root).
@@ -110,22 +158,23 @@ class TargetSession:
         """
         tokens, positions = self._new_tokens[:, :-1], self._positions[:, :-1]
         features = []
-        # The decoder without its head: no logits, and of the hidden states only the last.
-        decoder = self.model.base_model
+        # Of the logits as few as may be: nobody reads them.
+        keep = inspect.signature(type(self.model).forward).parameters.keys() & {"logits_to_keep"}
         step = self._prefill_chunk_size or max(tokens.shape[1], 1)
         for start in range(0, tokens.shape[1], step):
             chunk = slice(start, start + step)
             end = self._cache.length + tokens[:, chunk].shape[1]
-            output = decoder(
+            self._stored = self._cache.stored_lengths()
+            _, found = self._run(
                 input_ids=tokens[:, chunk],
                 attention_mask=None
                 if self._prompt_mask is None
                 else self._prompt_mask[:, :end].long(),
                 position_ids=positions[:, chunk],
-                use_cache=True,
-                **{CACHE: self._cache.cache},
+                **dict.fromkeys(keep, 1),
             )
-            features.append(output.last_hidden_state[0])
+            self._stored = None
+            features.append(found)
         following = self._new_tokens[0, 1:]
         if not features:
             return following, following.new_zeros(0, 1)
@@ -144,14 +193,23 @@ class TargetSession:
         tree = tree.to(self.device)
         past = self._cache.length
         self._stored = self._cache.stored_lengths()
-        output = self._shell(
+        return self._run(
             input_ids=tree.tokens[None],
             attention_mask=self._tree_masks(tree, past),
             position_ids=(tree.depths + self.root_position)[None],
-            use_cache=True,
-            return_dict=True,
-            **{CACHE: self._cache.cache},
         )
+
+    def _run(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: logits, (n, vocabulary), and features, (N, hidden)."""
+        self._recorder.features = None
+        output = self._shell(
+            **inputs, **{CACHE: self._cache.cache}, use_cache=True, return_dict=True
+        )
+        if self._recorder.features is None:
+            raise ValueError(
+                f"The `forward` set on the target ({type(self.model).__name__}) did not run the "
+                "modules of its `self`; expected it to use those, not those of a fixed object."
+            )
         return output.logits[0], self._recorder.features[0]
 
     def keep(self, path: list[int]) -> None:
@@ -163,7 +221,7 @@ class TargetSession:
     def release(self) -> None:
         """Give the cache back to its owner in transformers' own form.
 
-        After an error between a pass and its `keep`, without anything of that pass.
+        After an error in a pass, or between it and its `keep`, without anything of that pass.
         """
         if self._stored is not None:
             self._cache.keep(self._stored, [])

@@ -5,7 +5,6 @@ Each message names the argument, what was found and what was expected.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +18,7 @@ from .configuration_eagle import tokenizer_fingerprint
 from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
 from .strategies import Strategy
+from .target import check_forward
 from .verification import VERIFIERS
 
 # What generate() hands to a decoding method and a text-only target's forward takes.
@@ -108,9 +108,11 @@ def check_target(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: for encoder-decoder models, attention kernels that take no tree mask, layers of
-            kinds that cannot forget a rejected branch, and models without position ids or a head.
+            kinds that cannot forget a rejected branch, models without position ids or a head, and
+            methods set on the object that would be bypassed.
     """
     kind = type(model).__name__
+    _check_preparation(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"The target is an encoder-decoder model ({kind}), expected decoder-only.")
     config = model.config.get_text_config(decoder=True)
@@ -131,12 +133,33 @@ def check_target(model: PreTrainedModel) -> None:
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError(f"The target ({kind}) attends both ways, expected a causal model.")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"The target's forward ({kind}) takes no `position_ids`, which nodes of a tree need."
-        )
+    check_forward(model)
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"The target ({kind}) has no LM head, expected a causal language model.")
+
+
+def _check_preparation(model: PreTrainedModel) -> None:
+    """Refuse a `prepare_inputs_for_generation` set on the object: trees are prepared without it.
+
+    peft sets one on the base model while `PeftModel.generate` runs with prompt learning, to put
+    virtual tokens or a prefix before the prompt. Afterwards it leaves the class's own there.
+    """
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    owner = getattr(prepare, "__self__", None)
+    own = type(model).prepare_inputs_for_generation
+    if prepare is None or (owner is model and getattr(prepare, "__func__", None) is own):
+        return
+    adapter = getattr(owner, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"The target's adapter is {getattr(adapter.peft_type, 'value', adapter.peft_type)}, "
+            "which puts learnt states before the prompt that draft trees do not have; expected an "
+            "adapter inside the layers (LoRA, IA3, ...), or none (`disable_adapter`)."
+        )
+    raise ValueError(
+        f"The target ({type(model).__name__}) has a `prepare_inputs_for_generation` of its own "
+        f"({prepare!r}), which draft trees would bypass; expected the one of its class."
+    )
 
 
 def check_drafter(name: str, drafter: EagleDrafter, model: PreTrainedModel) -> None:
