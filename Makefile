@@ -4,6 +4,9 @@ VENV ?= .venv
 # A CPU build of torch is enough here; elsewhere bring your own: make quickstart TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# Processes that run tests side by side, one thread each; "worksteal" keeps neighbours together.
+JOBS ?= 2
+PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 CHECKED := taps_hf tests examples benchmarks metrics app.py
 
 .PHONY: install quickstart demo test test-fast test-oldest quality style clean
@@ -25,10 +28,10 @@ demo: install
 	$(BIN)/python app.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python $(PYTEST) -m "not real"
 
 # The fast tests on the oldest transformers that works, in an environment of its own.
 OLDEST ?= 5.0.0
@@ -40,7 +43,7 @@ $(VENV)-oldest/.installed: pyproject.toml
 	touch $@
 
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest -m "not real"
+	$(VENV)-oldest/bin/python $(PYTEST) -m "not real"
 
 quality: install
 	$(BIN)/ruff check $(CHECKED)

@@ -9,9 +9,9 @@ import taps_hf
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    # Tiny models gain nothing from threads, and tests may share the machine.
-    torch.set_num_threads(1)
+def _threads(request):
+    # Tiny models gain nothing from threads, and tests run side by side (pytest-xdist).
+    torch.set_num_threads(request.config.getoption("--torch-threads"))
 
 
 @pytest.fixture(autouse=True)
@@ -26,4 +26,11 @@ def pytest_addoption(parser):
         metavar="FOLDER",
         type=Path,
         help="write pictures of the demo's views there (with tests/demo)",
+    )
+    parser.addoption(
+        "--torch-threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of torch in each process; results may not depend on them",
     )

@@ -22,6 +22,7 @@ from taps_hf import (
     register_strategy,
 )
 from taps_hf.strategies import base, get_strategy
+from taps_hf.strategies.routing import TIE
 
 from .tiny import prompt, tiny_drafters, tiny_target
 
@@ -125,10 +126,26 @@ def test_routing_takes_the_tree_with_the_best_mean(strategy, best):
     assert strategy.drafters_to_run(3, []) == (0, 1, 2)
 
 
-def test_routing_breaks_ties_by_the_first_drafter():
-    trees = {i: chain(i, [0.5], [0.5]) for i in range(2)}
-    for strategy in (Confidence(), Entropy()):
-        assert strategy.compose(trees, []).drafters == (0,)
+@pytest.mark.parametrize("strategy", [Confidence(), Entropy()])
+def test_the_first_of_the_drafters_that_tie_within_rounding_is_routed_to(strategy):
+    def scored(means: list[float]) -> dict[int, DraftTree]:
+        return {i: chain(i, [0.5 + x], [0.5 - x], len(means)) for i, x in enumerate(means)}
+
+    rounding = TIE / 2
+    for means, first in (
+        ([0.0, 0.0], 0),
+        ([0.0, rounding], 0),
+        ([rounding, 0.0], 0),
+        ([0.0, 2 * TIE], 1),
+        ([0.0, 0.1, 0.1 + rounding], 1),
+        # Ties are with the best, not with the next one.
+        ([0.0, 0.8 * TIE, 1.6 * TIE], 1),
+        ([torch.nan, 0.0, rounding], 1),
+        ([torch.nan, torch.nan], 0),
+    ):
+        trees = scored(means)
+        for order in (trees, reversed(trees)):
+            assert strategy.compose({i: trees[i] for i in order}, []).drafters == (first,), means
 
 
 @pytest.mark.parametrize("kind", [Confidence, Entropy])
