@@ -12,10 +12,12 @@ from importlib import resources
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ..strategies import get_strategy, list_strategies
 from . import events, palette, rendering
 from .charts import CHARTS
+from .gate import BodyLimit
 from .models import ModelSpec, load_models
 from .prompts import EXAMPLES
 from .settings import Limits
@@ -30,14 +32,16 @@ answer is its own, in fewer passes. Here you see whose guesses it keeps.
 """
 _MINUTE = 60
 _KEPT = 60 * _MINUTE  # how long an idle visitor's last answer is kept
+_ESCAPED = 12  # bytes of one character in JSON, at most
+_FORM = 2**16  # bytes of a request beside the prompt, at most
 _STRATEGY = "auto"  # the default, as everywhere else
 
 # What happens in the browser alone: at once, whatever the server is busy with.
 _PRESSED = "() => [{__type__: 'update', interactive: false}]"
 _ENDED = "() => [{__type__: 'update', interactive: true}, {__type__: 'update', interactive: false}]"
 _REFUSED = rendering.notice_html(
-    "This was not taken: too many others are waiting, or the server cannot be reached. Try again "
-    "in a while."
+    "This was not taken: too many others are waiting, the prompt is far too long, or the server "
+    "cannot be reached. Try again in a while."
 )
 
 
@@ -82,6 +86,7 @@ def serve(
         OSError: if the port is taken.
     """
     page = build_page(options)
+    largest = _ESCAPED * options.limits.prompt_characters + _FORM
     page.launch(
         server_name=host,
         server_port=port,
@@ -91,6 +96,8 @@ def serve(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         footer_links=["gradio", "settings"],
         state_session_capacity=200,
+        max_file_size=1,  # byte: nothing here is uploaded
+        app_kwargs={"middleware": [Middleware(BodyLimit, most=largest)]},
         ssr_mode=False,
     )
     return page
@@ -119,8 +126,9 @@ def build_page(options: PageOptions) -> gr.Blocks:
                     started = _cycle_tab(answer, started)
                 with gr.Tab("Charts"):
                     _charts_tab(answer, started)
-    # Only what runs or loads models queues: looking at an answer goes on in whatever crowd.
-    return page.queue(max_size=options.queue_size)
+    # Only what runs or loads models queues, and there is no other way to it. Looking at an answer
+    # goes on in whatever crowd.
+    return page.queue(max_size=options.queue_size, api_open=False)
 
 
 def _inputs(options: PageOptions) -> list[Any]:

@@ -60,9 +60,12 @@ def going_on(monkeypatch) -> Iterator[threading.Event]:
     event.set()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium, from the system: Playwright's own builds are not needed."""
+    """Chromium, from the system: Playwright's own builds are not needed.
+
+    While it runs no test of the same process can run an event loop of its own.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:

@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from taps_hf import list_strategies
-from taps_hf.demo.models import ModelSpec, default_target, load_models
+from taps_hf.demo.models import ModelSpec, default_target
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
 pytest.importorskip("gradio")
@@ -21,7 +20,9 @@ pytest.importorskip("playwright")
 from taps_hf.demo.page import PageOptions, serve
 from taps_hf.demo.settings import Limits
 
+from ..saved import save_tiny_models
 from .visitor import Visitor
+from .written import hostile_tokenizer, plain_answer
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +52,6 @@ def visitor(open_page, url) -> Visitor:
     someone = open_page(url)
     yield someone
     assert someone.errors == []
-
-
-def plain_answer(spec: ModelSpec, prompt: str, length: int, seed: int | None = None) -> str:
-    """What plain `generate` writes; sampled at temperature 1 with a seed."""
-    models = load_models(spec)
-    inputs = models.encode(prompt)
-    sampling = {"do_sample": False}
-    if seed is not None:
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": 1.0}
-    out = models.target.generate(**inputs, **sampling, max_new_tokens=length)
-    tokens = out[0, inputs["input_ids"].shape[1] :]
-    return models.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def generating() -> bool:
@@ -235,6 +223,9 @@ def test_bad_input_is_answered_in_the_page(visitor):
     says("Shorten it to 40.")
     visitor.ask("x" * 5000)
     says("The prompt has 5,000 characters. Shorten it")
+    visitor.ask("x" * 2**20)
+    says("the prompt is far too long")
+    assert len(visitor.page.locator("#prompt textarea").input_value()) == 2**20
     visitor.ask("t5", Seed=1.5)
     says("Seed is 1.5. Choose a whole number from 0")
     visitor.ask(Seed=0)
@@ -335,6 +326,31 @@ def test_every_view_fits_the_screen(open_page, url, width, request):
     visitor.ask("t5 t6 t7", "merged", Length=40, Tree_nodes=60, Tree_depth=6)
     look_at_every_view(visitor, request.config.getoption("--screenshots"), f"tiny-{width}")
     assert visitor.errors == []
+
+
+def test_nothing_of_a_model_runs(open_page, tmp_path):
+    """A model that writes markup, scripts and templates only, and is asked to in these words."""
+    arguments = save_tiny_models(tmp_path)
+    hostile_tokenizer().save_pretrained(tmp_path / "target")
+    drafters = [
+        f"<script>alert({i})</script>={tmp_path / name}" for i, name in enumerate(("math", "chat"))
+    ]
+    page = serve(PageOptions(ModelSpec.parse(arguments[1], drafters)), wait=False)
+    try:
+        visitor = open_page(page.local_url)
+        visitor.page.on("dialog", lambda dialog: visitor.errors.append(dialog.message))
+        visitor.ask(" ".join(hostile_tokenizer().get_vocab()), "merged", Length=40)
+        look_at_every_view(visitor, None, "hostile")
+        shown = visitor.page.locator("#answer, #legend, #cycle, #comparison, .taps-models")
+        assert shown.locator("script, img, iframe, [onload], [onerror]").count() == 0
+        assert "<script>alert(" in visitor.page.locator("#comparison").inner_text()
+        visitor.unfold("Other models")
+        visitor.page.get_by_label("Target").fill("<img src=x onerror=alert(9)>")
+        visitor.button("load").click()
+        visitor.is_told("could not be loaded from '<img src=x onerror=alert(9)>'")
+        assert visitor.errors == []
+    finally:
+        page.close()
 
 
 @pytest.mark.real
