@@ -27,7 +27,7 @@ _PAUSE = 0.15  # seconds between two states of the page: more would only load th
 
 
 def generate(limits: Limits, spec: ModelSpec, *inputs: Any) -> Iterator[list[Any]]:
-    """Write one answer. Outputs: answer, notice, answer, figures and legend as HTML, buttons."""
+    """Write one answer. Outputs: answer, notice, answer, figures, legend as HTML, stop button."""
     answer = None
     try:
         prompt, drafters, strategy, *values = inputs
@@ -42,7 +42,7 @@ def generate(limits: Limits, spec: ModelSpec, *inputs: Any) -> Iterator[list[Any
         if answer is not None:
             answer.ended = "failed"
             figures = rendering.figures_html(answer)
-        yield [gr.skip(), _failure(error), gr.skip(), figures, gr.skip(), *_buttons(False)]
+        yield [gr.skip(), _failure(error), gr.skip(), figures, gr.skip(), _stop_button(False)]
 
 
 def _generated(answer: Answer) -> list[Any]:
@@ -52,12 +52,12 @@ def _generated(answer: Answer) -> list[Any]:
         rendering.answer_html(answer),
         rendering.figures_html(answer),
         rendering.legend_html(answer),
-        *_buttons(answer.ended is None),
+        _stop_button(answer.ended is None),
     ]
 
 
 def compare(limits: Limits, spec: ModelSpec, *inputs: Any) -> Iterator[list[Any]]:
-    """Answer by every variant in turn. Outputs: what stops it, notice, cards, buttons."""
+    """Answer by every variant in turn. Outputs: what stops it, notice, cards, stop button."""
     try:
         prompt, drafters, strategy, *values = inputs
         variants = compared_variants(check_variant(spec, drafters, strategy))
@@ -67,12 +67,12 @@ def compare(limits: Limits, spec: ModelSpec, *inputs: Any) -> Iterator[list[Any]
         for variant in variants:
             answers.append(Answer(request, variant, stop))
             for _ in _spaced(answers[-1].write()):
-                yield [stop, "", rendering.comparison_html(answers), *_buttons(True)]
+                yield [stop, "", rendering.comparison_html(answers), _stop_button(True)]
             if stop.is_set():
                 break
-        yield [stop, "", rendering.comparison_html(answers), *_buttons(False)]
+        yield [stop, "", rendering.comparison_html(answers), _stop_button(False)]
     except Exception as error:
-        yield [gr.skip(), _failure(error), gr.skip(), *_buttons(False)]
+        yield [gr.skip(), _failure(error), gr.skip(), _stop_button(False)]
 
 
 def stop(running: Answer | threading.Event | None) -> None:
@@ -141,9 +141,8 @@ def _spaced(states: Iterator[None]) -> Iterator[None]:
         states.close()
 
 
-def _buttons(running: bool) -> list[Any]:
-    """The start and the stop button."""
-    return [gr.Button(interactive=not running), gr.Button(interactive=running)]
+def _stop_button(running: bool) -> gr.Button:
+    return gr.Button(interactive=running)
 
 
 def _failure(error: Exception) -> str:

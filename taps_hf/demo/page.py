@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ..strategies import get_strategy, list_strategies
 from . import events, palette, rendering
 from .charts import CHARTS
+from .gate import BodyLimit
 from .models import ModelSpec, load_models
 from .prompts import EXAMPLES
 from .settings import Limits
@@ -27,6 +32,17 @@ answer is its own, in fewer passes. Here you see whose guesses it keeps.
 """
 _MINUTE = 60
 _KEPT = 60 * _MINUTE  # how long an idle visitor's last answer is kept
+_ESCAPED = 12  # bytes of one character in JSON, at most
+_FORM = 2**16  # bytes of a request beside the prompt, at most
+_STRATEGY = "auto"  # the default, as everywhere else
+
+# What happens in the browser alone: at once, whatever the server is busy with.
+_PRESSED = "() => [{__type__: 'update', interactive: false}]"
+_ENDED = "() => [{__type__: 'update', interactive: true}, {__type__: 'update', interactive: false}]"
+_REFUSED = rendering.notice_html(
+    "This was not taken: too many others are waiting, the prompt is far too long, or the server "
+    "cannot be reached. Try again in a while."
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,7 @@ def serve(
         OSError: if the port is taken.
     """
     page = build_page(options)
+    largest = _ESCAPED * options.limits.prompt_characters + _FORM
     page.launch(
         server_name=host,
         server_port=port,
@@ -79,6 +96,8 @@ def serve(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         footer_links=["gradio", "settings"],
         state_session_capacity=200,
+        max_file_size=1,  # byte: nothing here is uploaded
+        app_kwargs={"middleware": [Middleware(BodyLimit, most=largest)]},
         ssr_mode=False,
     )
     return page
@@ -107,8 +126,9 @@ def build_page(options: PageOptions) -> gr.Blocks:
                     started = _cycle_tab(answer, started)
                 with gr.Tab("Charts"):
                     _charts_tab(answer, started)
-    # Only what runs or loads models queues: looking at an answer goes on in whatever crowd.
-    return page.queue(max_size=options.queue_size)
+    # Only what runs or loads models queues, and there is no other way to it. Looking at an answer
+    # goes on in whatever crowd.
+    return page.queue(max_size=options.queue_size, api_open=False)
 
 
 def _inputs(options: PageOptions) -> list[Any]:
@@ -121,18 +141,18 @@ def _inputs(options: PageOptions) -> list[Any]:
         value=next(iter(EXAMPLES.values())),
         elem_id="prompt",
     )
-    gr.Examples(
-        [[text] for text in EXAMPLES.values()],
-        [prompt],
-        label="Examples",
-        example_labels=list(EXAMPLES),
-    )
+    with gr.Row(elem_classes="taps-examples"):
+        for name, text in EXAMPLES.items():
+            # Not gr.Examples: its texts come from the server, late, over what was typed since.
+            gr.Button(name, size="sm", min_width=0).click(
+                None, None, prompt, js=f"() => {json.dumps(text)}", api_visibility="private"
+            )
     drafters = gr.CheckboxGroup(names, value=names, label="Drafters", elem_id="drafters")
     strategy = gr.Dropdown(
         list(list_strategies()),
-        value="merged",
+        value=_STRATEGY,
         label="Strategy",
-        info=_in_a_line("merged"),
+        info=_in_a_line(_STRATEGY),
         elem_id="strategy",
     )
     strategy.change(
@@ -143,7 +163,7 @@ def _inputs(options: PageOptions) -> list[Any]:
         queue=False,
         api_visibility="private",
     )
-    with gr.Accordion("Temperature, length, trees", open=False, elem_id="settings"):
+    with _unfolding("Temperature, length, trees"):
         with gr.Row():
             temperature = gr.Slider(
                 0, 2, value=0, step=0.1, label="Temperature", info="0: greedy", min_width=140
@@ -180,13 +200,26 @@ def _inputs(options: PageOptions) -> list[Any]:
     return [prompt, drafters, strategy, temperature, seed, length, depth, nodes]
 
 
+@contextmanager
+def _unfolding(title: str) -> Iterator[None]:
+    """A part of the form that is shown when its box is ticked; the stylesheet does that.
+
+    What a gr.Accordion holds is made when it is opened, and set to its first value once more a
+    frame later, over what was typed by then. Here everything is there from the start.
+    """
+    with gr.Column(elem_classes="taps-unfolding"):
+        gr.Checkbox(label=title, container=False, interactive=True, elem_classes="taps-unfold")
+        with gr.Column(elem_classes="taps-folded"):
+            yield
+
+
 def _in_a_line(strategy: str) -> str:
     """The first line of a strategy's documentation."""
     return inspect.getdoc(get_strategy(strategy)).partition("\n")[0]
 
 
 def _models(options: PageOptions, spec: gr.State, heading: gr.HTML, drafters: Any) -> None:
-    with gr.Accordion("Other models", open=False):
+    with _unfolding("Other models"):
         target = gr.Textbox(
             options.models.target, label="Target", info="folder, Hub name, or: embedded"
         )
@@ -215,14 +248,8 @@ def _generate_tab(options: PageOptions, spec: gr.State, answer: gr.State, inputs
     figures = gr.HTML(rendering.figures_html(None), elem_id="figures")
     legend = gr.HTML(rendering.legend_html(None), elem_id="legend")
     text = gr.HTML(rendering.answer_html(None), elem_id="answer")
-    return _run(
-        options,
-        events.generate,
-        (start, stop),
-        answer,
-        [spec, *inputs],
-        [answer, notice, text, figures, legend, start, stop],
-    )
+    outputs = [answer, notice, text, figures, legend, stop]
+    return _run(options, events.generate, (start, stop), answer, [spec, *inputs], outputs)
 
 
 def _compare_tab(
@@ -237,7 +264,7 @@ def _compare_tab(
         stop = gr.Button("Stop", interactive=False, min_width=100, elem_id="stop-compare")
     notice = gr.HTML(elem_classes="taps-slot")
     cards = gr.HTML(elem_id="comparison")
-    outputs = [comparison, notice, cards, start, stop]
+    outputs = [comparison, notice, cards, stop]
     _run(options, events.compare, (start, stop), comparison, [spec, *inputs], outputs)
 
 
@@ -249,10 +276,16 @@ def _run(
     inputs: list[Any],
     outputs: list[Any],
 ) -> Any:
-    """Bind a start and a stop button. Everything that runs models shares one queue."""
+    """Bind a start and a stop button. Everything that runs models shares one queue.
+
+    The start button rests from the press until all of the answer is shown: meanwhile gradio would
+    ignore it. The second of `outputs` is the notice.
+    """
     start, stop = buttons
+    in_browser = {"fn": None, "inputs": None, "api_visibility": "private"}
     stop.click(events.stop, running, None, queue=False, api_visibility="private")
-    return start.click(
+    start.click(**in_browser, outputs=start, js=_PRESSED)
+    started = start.click(
         functools.partial(event, options.limits),
         inputs,
         outputs,
@@ -261,6 +294,11 @@ def _run(
         show_progress="minimal",
         api_visibility="private",
     )
+    started.then(**in_browser, outputs=[start, stop], js=_ENDED)
+    # gradio says why in a message that goes away; this stays until the next answer.
+    refused = f"() => [{json.dumps(_REFUSED)}, ...({_ENDED})()]"
+    started.failure(**in_browser, outputs=[outputs[1], start, stop], js=refused)
+    return started
 
 
 def _cycle_tab(answer: gr.State, started: Any) -> Any:

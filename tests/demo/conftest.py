@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Iterator
 
 import pytest
 
 from taps_hf import DynamicTree
+from taps_hf.demo import decoding
 from taps_hf.demo.models import ModelSpec
 from taps_hf.demo.settings import Request
 
@@ -38,9 +41,31 @@ def request_of(tiny_spec):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def going_on(monkeypatch) -> Iterator[threading.Event]:
+    """Answers pause after ten tokens until this is set, or until they are stopped.
+
+    So whoever does something in mid-answer is not too late, however slow the machine makes them.
+    """
+    event, stops = threading.Event(), decoding._Stop.__call__
+
+    def pausing(self, *args, **kwargs):
+        self.tokens = getattr(self, "tokens", 0) + 1
+        while self.tokens > 10 and not event.is_set() and not self.event.wait(0.02):
+            pass
+        return stops(self, *args, **kwargs)
+
+    monkeypatch.setattr(decoding._Stop, "__call__", pausing)
+    yield event
+    event.set()
+
+
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium, from the system: Playwright's own builds are not needed."""
+    """Chromium, from the system: Playwright's own builds are not needed.
+
+    While it runs no test of the same process can run an event loop of its own.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:

@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from taps_hf import list_strategies
-from taps_hf.demo import decoding
-from taps_hf.demo.models import ModelSpec, default_target, load_models
+from taps_hf.demo.models import ModelSpec, default_target
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
 pytest.importorskip("gradio")
@@ -22,7 +20,9 @@ pytest.importorskip("playwright")
 from taps_hf.demo.page import PageOptions, serve
 from taps_hf.demo.settings import Limits
 
+from ..saved import save_tiny_models
 from .visitor import Visitor
+from .written import hostile_tokenizer, plain_answer
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +54,6 @@ def visitor(open_page, url) -> Visitor:
     assert someone.errors == []
 
 
-def plain_answer(spec: ModelSpec, prompt: str, length: int, seed: int | None = None) -> str:
-    """What plain `generate` writes; sampled at temperature 1 with a seed."""
-    models = load_models(spec)
-    inputs = models.encode(prompt)
-    sampling = {"do_sample": False}
-    if seed is not None:
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": 1.0}
-    out = models.target.generate(**inputs, **sampling, max_new_tokens=length)
-    tokens = out[0, inputs["input_ids"].shape[1] :]
-    return models.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
 def generating() -> bool:
     return any(thread.name == "taps-generate" for thread in threading.enumerate())
 
@@ -95,8 +82,46 @@ def test_sampled_answers_are_the_seeds(visitor, tiny_spec):
         assert visitor.generate() == plain_answer(tiny_spec, "t5 t6", 20, seed)
 
 
+def test_what_is_typed_as_a_part_unfolds_stays(visitor):
+    """Sooner than any person can: in the very moment in which the field is there."""
+    at_once = """async () => {
+        const length = () => document.querySelector("#length input[type=number]");
+        [...document.querySelectorAll("input[type=checkbox]")]
+            .find((box) => box.closest("label").innerText.includes("Temperature, length")).click();
+        while (!length()?.checkVisibility()) await new Promise((resume) => setTimeout(resume));
+        length().value = "20";
+        length().dispatchEvent(new Event("input", {bubbles: true}));
+        for (let i = 0; i < 10; i++) await new Promise(requestAnimationFrame);
+        return length().value;
+    }"""
+    assert visitor.page.evaluate(at_once) == "20"
+    visitor.generate()
+    assert visitor.figure("tokens") == "20"
+
+
+def test_what_is_typed_while_the_server_answers_stays(visitor, going_on):
+    visitor.ask("t5 t6", Length=20)
+    visitor.start("generate")
+    visitor.ask("t7 t8", "confidence", Length=5, Seed=7)
+    visitor.page.locator("#drafters input").first.uncheck()
+    going_on.set()
+    visitor.wait_for_the_end("generate")
+    assert visitor.page.locator("#prompt textarea").input_value() == "t7 t8"
+    assert visitor.page.locator("#strategy input").input_value() == "confidence"
+    assert visitor.page.locator("#length input[type=number]").input_value() == "5"
+    assert visitor.page.locator("#seed input").input_value() == "7"
+    assert not visitor.page.locator("#drafters input").first.is_checked()
+
+
+def test_examples_come_at_once(visitor):
+    """Not from the server, whose late answer would lie over what was typed since."""
+    visitor.page.context.set_offline(True)
+    visitor.example("Maths: two pumps")
+    visitor.example("Mixture: a school trip")
+
+
 def test_hovering_tells_about_a_token(visitor):
-    visitor.ask("t5 t6", Length=40)
+    visitor.ask("t5 t6", "merged", Length=40)
     visitor.generate()
     proposed = visitor.page.locator("#answer .tok:not(.own)").first
     tip = proposed.get_attribute("data-tip")
@@ -123,7 +148,7 @@ def test_slider_over_the_cycles(visitor):
     visitor.tab("Cycles")
     assert "generate an answer" in visitor.page.inner_text("#cycle")
     visitor.tab("Generate")
-    visitor.ask("t5 t6", Length=30, Tree_nodes=9)
+    visitor.ask("t5 t6", "merged", Length=30, Tree_nodes=9)
     visitor.generate()
     visitor.tab("Cycles")
     cycle = visitor.page.locator("#cycle .taps-cycle")
@@ -138,7 +163,7 @@ def test_slider_over_the_cycles(visitor):
     visitor.page.locator("#cycle .taps-cycle[data-cycle='5']").wait_for()
 
 
-def test_stopping_an_answer(visitor, tiny_spec):
+def test_stopping_an_answer(visitor, tiny_spec, going_on):
     visitor.ask("t5 t6", Length=200)
     visitor.start("generate")
     visitor.button("stop-generate").click()
@@ -154,7 +179,7 @@ def test_stopping_an_answer(visitor, tiny_spec):
     assert visitor.generate() == plain_answer(tiny_spec, "t5 t6", 10)
 
 
-def test_stopping_a_comparison(visitor):
+def test_stopping_a_comparison(visitor, going_on):
     visitor.tab("Compare")
     visitor.ask("t5 t6", Length=200)
     visitor.start("compare")
@@ -164,7 +189,7 @@ def test_stopping_a_comparison(visitor):
     assert "stopped" in visitor.page.inner_text("#comparison")
 
 
-def test_leaving_the_page_ends_the_answer(open_page, url):
+def test_leaving_the_page_ends_the_answer(open_page, url, going_on):
     someone = open_page(url)
     someone.ask("t5 t6", Length=200)
     someone.start("generate")
@@ -173,22 +198,24 @@ def test_leaving_the_page_ends_the_answer(open_page, url):
     wait_until_idle()
 
 
-def test_two_visitors_at_once(open_page, url, tiny_spec):
+def test_two_visitors_at_once(open_page, url, tiny_spec, going_on):
     visitors = {seed: open_page(url) for seed in (1, 2)}
     for seed, someone in visitors.items():
-        someone.ask(f"t{seed} t6", Length=100, Temperature=1, Seed=seed)
+        someone.ask(f"t{seed} t6", Length=60, Temperature=1, Seed=seed)
     for someone in visitors.values():
         someone.button("generate").click()
+        someone.page.locator("#answer [data-number]").wait_for()
+    going_on.set()  # neither was at its end when both had begun
     for someone in visitors.values():
-        someone.page.locator("#answer .tok").nth(99).wait_for()
+        someone.wait_for_the_end("generate")
     for seed, someone in visitors.items():
-        assert someone.answer() == plain_answer(tiny_spec, f"t{seed} t6", 100, seed)
+        assert someone.answer() == plain_answer(tiny_spec, f"t{seed} t6", 60, seed)
 
 
 def test_bad_input_is_answered_in_the_page(visitor):
     def says(message: str, button: str = "generate") -> None:
         visitor.button(button).click()
-        visitor.page.get_by_role("alert").filter(has_text=message).wait_for()
+        visitor.is_told(message)
 
     visitor.ask("  ")
     says("The prompt is empty. Write one, or choose an example.")
@@ -196,6 +223,9 @@ def test_bad_input_is_answered_in_the_page(visitor):
     says("Shorten it to 40.")
     visitor.ask("x" * 5000)
     says("The prompt has 5,000 characters. Shorten it")
+    visitor.ask("x" * 2**20)
+    says("the prompt is far too long")
+    assert len(visitor.page.locator("#prompt textarea").input_value()) == 2**20
     visitor.ask("t5", Seed=1.5)
     says("Seed is 1.5. Choose a whole number from 0")
     visitor.ask(Seed=0)
@@ -209,15 +239,16 @@ def test_bad_input_is_answered_in_the_page(visitor):
     visitor.tab("Generate")
     visitor.ask(Length=5)
     assert visitor.generate()
-    assert visitor.page.get_by_role("alert").filter(visible=True).count() == 0
+    assert visitor.page.locator(".taps-notice").filter(visible=True).count() == 0
 
 
 def test_other_models_are_loaded_in_the_page(visitor, tiny_spec, tmp_path):
-    visitor.page.get_by_role("button", name="Other models").click()
+    visitor.unfold("Other models")
     lines = visitor.page.get_by_label("Drafters").filter(visible=True).last
     lines.fill(f"math={tmp_path}/nowhere")
     visitor.button("load").click()
-    assert "Drafter 'math' could not be loaded" in visitor.alert()
+    visitor.is_told("Drafter 'math' could not be loaded")
+    assert lines.input_value() == f"math={tmp_path}/nowhere"
     path = dict(tiny_spec.drafters)["chat"]
     lines.fill(f"other={path}")
     visitor.button("load").click()
@@ -228,32 +259,32 @@ def test_other_models_are_loaded_in_the_page(visitor, tiny_spec, tmp_path):
     assert "other" in visitor.page.inner_text("#legend")
 
 
-def test_a_crowd_is_turned_away_with_a_message(open_page, tiny_spec, monkeypatch):
+def test_a_crowd_is_turned_away_with_a_message(open_page, tiny_spec, going_on):
     """One answer is written, one visitor waits; the third is told, and can still look around."""
     page = serve(PageOptions(tiny_spec, queue_size=1), wait=False)
     try:
         first, second, third = (open_page(page.local_url) for _ in range(3))
         third.ask("t5 t6", Length=10)
         third.generate()
-        stop = decoding._Stop.__call__
-
-        def slowly(self, *args, **kwargs):
-            time.sleep(0.2)  # the first answer is still being written when the others have asked
-            return stop(self, *args, **kwargs)
-
-        monkeypatch.setattr(decoding._Stop, "__call__", slowly)
         for someone in (first, second):
-            someone.ask("t5 t6", Length=200)
+            someone.ask("t5 t6", Length=20)
         first.start("generate")
         second.button("generate").click()
         second.page.locator("#answer").get_by_text("queue: 1/1").wait_for()
         third.button("generate").click()
-        third.page.get_by_text("currently busy. Please try again").first.wait_for()
+        third.is_told("too many others are waiting")
         third.tab("Cycles")
         third.number("Cycle", 2)
         third.page.locator("#cycle .taps-cycle[data-cycle='2']").wait_for()
-        first.button("stop-generate").click()
-        second.page.locator("#answer .tok").first.wait_for()
+        going_on.set()
+        for someone in (first, second):
+            someone.wait_for_the_end("generate")
+            assert someone.answer() == plain_answer(tiny_spec, "t5 t6", 20)
+        third.tab("Generate")
+        third.is_told("too many others are waiting")  # still: it is no message that goes away
+        third.ask("t7")
+        assert third.generate() == plain_answer(tiny_spec, "t7", 10)
+        assert third.page.locator(".taps-notice").filter(visible=True).count() == 0
     finally:
         page.close()
 
@@ -262,10 +293,10 @@ def look_at_every_view(visitor: Visitor, folder, name: str) -> None:
     """With an answer there: nothing is wider than the screen. Takes pictures on request."""
 
     def look(view: str) -> None:
-        visitor.page.wait_for_timeout(500)  # until it is drawn
-        assert visitor.overflow() <= 0
+        visitor.fits_the_screen()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            visitor.page.wait_for_timeout(500)  # until nothing moves any more
             visitor.page.screenshot(path=folder / f"{name}-{view}.png", full_page=True)
 
     visitor.generate()
@@ -275,12 +306,16 @@ def look_at_every_view(visitor: Visitor, folder, name: str) -> None:
     visitor.page.locator("#cycle svg:visible").wait_for()
     look("cycles")
     visitor.tab("Charts")
-    visitor.page.locator(".taps-chart svg.marks").nth(3).wait_for()
+    visitor.page.wait_for_function(
+        """(width) => {
+            const charts = [...document.querySelectorAll(".taps-chart svg.marks")];
+            return charts.length == 4 && charts.every((c) => c.clientWidth > width);
+        }""",
+        arg=0.6 * min(800, visitor.page.viewport_size["width"]),
+    )
     look("charts")
-    for chart in visitor.page.locator(".taps-chart svg.marks").all():
-        assert chart.bounding_box()["width"] > 0.6 * min(800, visitor.page.viewport_size["width"])
     visitor.tab("Compare")
-    visitor.start("compare")
+    visitor.button("compare").click()
     visitor.wait_for_the_end("compare")
     look("compare")
 
@@ -288,9 +323,34 @@ def look_at_every_view(visitor: Visitor, folder, name: str) -> None:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_view_fits_the_screen(open_page, url, width, request):
     visitor = open_page(url, width)
-    visitor.ask("t5 t6 t7", Length=60, Tree_nodes=60, Tree_depth=6)
+    visitor.ask("t5 t6 t7", "merged", Length=40, Tree_nodes=60, Tree_depth=6)
     look_at_every_view(visitor, request.config.getoption("--screenshots"), f"tiny-{width}")
     assert visitor.errors == []
+
+
+def test_nothing_of_a_model_runs(open_page, tmp_path):
+    """A model that writes markup, scripts and templates only, and is asked to in these words."""
+    arguments = save_tiny_models(tmp_path)
+    hostile_tokenizer().save_pretrained(tmp_path / "target")
+    drafters = [
+        f"<script>alert({i})</script>={tmp_path / name}" for i, name in enumerate(("math", "chat"))
+    ]
+    page = serve(PageOptions(ModelSpec.parse(arguments[1], drafters)), wait=False)
+    try:
+        visitor = open_page(page.local_url)
+        visitor.page.on("dialog", lambda dialog: visitor.errors.append(dialog.message))
+        visitor.ask(" ".join(hostile_tokenizer().get_vocab()), "merged", Length=40)
+        look_at_every_view(visitor, None, "hostile")
+        shown = visitor.page.locator("#answer, #legend, #cycle, #comparison, .taps-models")
+        assert shown.locator("script, img, iframe, [onload], [onerror]").count() == 0
+        assert "<script>alert(" in visitor.page.locator("#comparison").inner_text()
+        visitor.unfold("Other models")
+        visitor.page.get_by_label("Target").fill("<img src=x onerror=alert(9)>")
+        visitor.button("load").click()
+        visitor.is_told("could not be loaded from '<img src=x onerror=alert(9)>'")
+        assert visitor.errors == []
+    finally:
+        page.close()
 
 
 @pytest.mark.real
@@ -305,8 +365,7 @@ def test_the_real_models(open_page, request):
         for width in (1280,) if folder is None else (1280, 390):
             visitor = open_page(page.local_url, width)
             visitor.example("Mixture: a school trip")
-            visitor.ask(Length=16 if folder is None else 56)
-            visitor.page.get_by_role("button", name="Temperature, length, trees").click()
+            visitor.ask(strategy="merged", Length=12 if folder is None else 56)
             look_at_every_view(visitor, folder, f"real-{width}")
             text = visitor.page.locator("#answer .tok:not(.own)")
             assert text.count() >= 4

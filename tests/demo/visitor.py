@@ -7,7 +7,6 @@ from playwright.sync_api import Locator, Page
 from taps_hf.demo.prompts import EXAMPLES
 
 _PATIENCE = 60_000  # milliseconds: the machine may be busy with other things
-_WRITING = 600_000  # for as many answers as are compared
 
 
 class Visitor:
@@ -27,6 +26,10 @@ class Visitor:
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name, exact=True).click()
 
+    def unfold(self, title: str) -> None:
+        """Show a part of the form."""
+        self.page.get_by_role("checkbox", name=title).check()
+
     def ask(self, prompt: str | None = None, strategy: str | None = None, **numbers) -> None:
         """Fill in the form; `numbers` by the sliders' labels, with _ for blanks."""
         if prompt is not None:
@@ -34,29 +37,30 @@ class Visitor:
         if strategy is not None:
             self.page.locator("#strategy input").click()
             self.page.get_by_role("option", name=strategy, exact=True).click()
-        if numbers and not self.page.locator("#seed").is_visible():
-            self.page.get_by_role("button", name="Temperature, length, trees").click()
+        if numbers:
+            self.unfold("Temperature, length, trees")
         for name, value in numbers.items():
             self.number(name.replace("_", " "), value)
 
     def example(self, name: str) -> None:
-        """Choose an example prompt, and wait until it is in the form."""
+        """Choose an example prompt."""
         self.page.get_by_role("button", name=name).click()
-        self.page.wait_for_function(
-            "(text) => document.querySelector('#prompt textarea').value == text", arg=EXAMPLES[name]
-        )
+        assert self.page.locator("#prompt textarea").input_value() == EXAMPLES[name]
 
     def number(self, label: str, value: float) -> None:
         if label == "Seed":
             field = self.page.locator("#seed input")
         else:
             field = self.page.get_by_label(f"number input for {label}")
+        # What a tab holds is set up in the first frame that shows it. Nobody types before, nor
+        # does this: a click waits for two frames in which the field stands still.
+        field.click()
         field.fill(str(value))
         field.press("Tab")
 
     def generate(self) -> str:
         """Press the button and wait for the end; returns the answer."""
-        self.start("generate")
+        self.button("generate").click()
         self.wait_for_the_end("generate")
         return self.answer()
 
@@ -70,8 +74,8 @@ class Visitor:
         self.page.locator(f"{numbered}:not([data-number='{old}']) .tok").first.wait_for()
 
     def wait_for_the_end(self, of: str) -> None:
-        ended = f"document.querySelector('#stop-{of}').disabled"
-        self.page.wait_for_function(ended, timeout=_WRITING)
+        """After "generate" or "compare" was pressed: until all that came of it is shown."""
+        self.page.locator(f"#{of}:not([disabled])").wait_for()
 
     def answer(self) -> str:
         return self.page.locator("#answer .text").inner_text()
@@ -79,13 +83,11 @@ class Visitor:
     def figure(self, name: str) -> str:
         return self.page.locator(f"#figures dd[data-figure='{name}']").inner_text()
 
-    def alert(self) -> str:
-        """The message about what is wrong with the input."""
-        found = self.page.get_by_role("alert").filter(visible=True).first
-        found.wait_for()
-        return found.inner_text()
+    def is_told(self, message: str) -> None:
+        """Wait for a message in the page about what is wrong."""
+        self.page.locator(".taps-notice").get_by_text(message).filter(visible=True).wait_for()
 
-    def overflow(self) -> int:
-        """How many pixels the page is wider than the screen."""
+    def fits_the_screen(self) -> None:
+        """Wait until the page is no wider than the screen."""
         root = "document.documentElement"
-        return self.page.evaluate(f"{root}.scrollWidth - {root}.clientWidth")
+        self.page.wait_for_function(f"{root}.scrollWidth <= {root}.clientWidth")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from html.parser import HTMLParser
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from taps_hf.demo.answer import Answer
+from taps_hf.demo.models import ModelSpec, load_models
 from taps_hf.demo.settings import Request, Variant
 
 from ..tiny import VOCAB
@@ -24,12 +26,39 @@ def write(request: Request, variant: Variant = BOTH) -> Answer:
     return answer
 
 
+def plain_answer(spec: ModelSpec, prompt: str, length: int, seed: int | None = None) -> str:
+    """What plain `generate` writes; sampled at temperature 1 with a seed."""
+    models = load_models(spec)
+    inputs = models.encode(prompt)
+    sampling = {"do_sample": False}
+    if seed is not None:
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": 1.0}
+    out = models.target.generate(**inputs, **sampling, max_new_tokens=length)
+    tokens = out[0, inputs["input_ids"].shape[1] :]
+    return models.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+_HOSTILE = (
+    "</span></title>\"'><script>alert(0)</script>&amp;",
+    "<img/src=x/onerror=alert(0)>",
+    "<svg/onload=alert(0)>",
+    "&lt;img/src=x/onerror=alert(0)&gt;",
+    "${alert(0)}",
+    "`${alert(0)}`",
+    "{{alert(0)}}",
+    "]]></style><iframe/srcdoc='<script>parent.alert(0)</script>'>",
+)
+
+
 def hostile_tokenizer() -> PreTrainedTokenizerFast:
     """Every token is an attempt to break out of the page."""
-    vocabulary = {f"</span></title>\"'><script>alert({i})</script>&amp;": i for i in range(VOCAB)}
+    vocabulary = {_HOSTILE[i % len(_HOSTILE)].replace("0", str(i)): i for i in range(VOCAB)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, chat_template="{{ messages[0]['content'] }}"
+    )
 
 
 class Tags(HTMLParser):
