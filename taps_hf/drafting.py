@@ -63,13 +63,17 @@ class DrafterSession:
     Tensors have a leading dimension of B trees, one for each drafter that was asked.
 
     Args:
-        drafters: with equal [`stacking.stacking_key`]s; nothing is stored on them.
+        drafters: one, or several that [`stacking.groups_of`] puts in one group; nothing is stored
+            on them.
         target: the target whose embedding and LM head they use.
         indices: the drafters' rows in a tree's `confidence`.
         num_drafters: number of drafters in this generation.
         sample_temperature: None proposes the k most likely tokens. A number samples children
             without replacement from softmax(logits / temperature).
         with_entropy: compute the entropy of every distribution that is expanded.
+
+    Raises:
+        ValueError: for several drafters that cannot be stacked.
     """
 
     def __init__(
@@ -91,9 +95,15 @@ class DrafterSession:
         self._config = first.trunk.config
         self._eager = self._config._attn_implementation == "eager"
         self._embedding = target.get_input_embeddings()
+        module = first if len(self.drafters) == 1 else kept_stack(self.drafters)
+        if module is None:
+            raise ValueError(
+                f"{len(self.drafters)} drafters of the family {self._config.model_type!r} cannot "
+                "run as one, expected those of one of `groups_of`'s groups."
+            )
         self._all = _Rows(
             self.indices,
-            first if len(self.drafters) == 1 else kept_stack(self.drafters),
+            module,
             kept_head(self.drafters, target),
             InPlaceCache(DynamicCache(config=self._config)),
         )

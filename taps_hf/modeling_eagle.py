@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, Cache, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache import CACHE
+from .checkpoints import check_shapes, read_config, safetensors_files
 from .configuration_eagle import EagleDrafterConfig
+from .layers import build_trunk
 
 
 class EagleDrafter(PreTrainedModel):
@@ -39,17 +41,8 @@ class EagleDrafter(PreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
-        layer_config = config.build_layer_config()
-        attention = config._attn_implementation or "sdpa"
-        if attention == "sdpa" and not MODEL_MAPPING[type(layer_config)]._supports_sdpa:
-            attention = "eager"
-        trunk = AutoModel.from_config(layer_config, attn_implementation=attention)
-        missing = [name for name in ("embed_tokens", "layers", "norm") if not hasattr(trunk, name)]
-        if missing:
-            raise ValueError(
-                f"Drafters for the family {config.layer_config['model_type']!r} are not supported: "
-                f"its transformers model has no {', '.join(missing)} (expected a Llama-like one)."
-            )
+        config.build_layer_config()  # refuses what is no drafter's
+        trunk = build_trunk(config.layer_config, attention=config._attn_implementation or "sdpa")
         trunk.embed_tokens = None
         trunk.norm = nn.Identity()
         if not config.input_norm:
@@ -73,17 +66,19 @@ class EagleDrafter(PreTrainedModel):
         Args:
             target: the model to be accelerated.
             draft_token_ids: see [`score_only`].
-            **config_kwargs: fields of [`EagleDrafterConfig`].
+            **config_kwargs: as [`EagleDrafterConfig.from_target`].
 
         Raises:
-            ValueError: as [`score_only`].
+            ValueError: as [`score_only`] and [`EagleDrafterConfig.from_target`], or if the family's
+                layer does not run as a drafter's.
         """
         config = EagleDrafterConfig.from_target(target.config, **config_kwargs)
         # Not cls(config).to(dtype): that would round the rotary frequencies too, and a checkpoint
         # loads with exact ones.
         drafter = cls._from_config(config, dtype=target.dtype)
         drafter.score_only(draft_token_ids)
-        return drafter.to(target.device)
+        drafter.to(target.device).check_runs()
+        return drafter
 
     def score_only(self, draft_token_ids: torch.Tensor | int | None) -> None:
         """Change which tokens the drafter scores: its weights do not depend on that.
@@ -111,14 +106,7 @@ class EagleDrafter(PreTrainedModel):
             draft_token_ids = scored[:draft_token_ids].clone()
         if draft_token_ids is not None:
             draft_token_ids = draft_token_ids.to(self.device)
-            ids = draft_token_ids.unique()
-            known = (ids >= 0) & (ids < self.config.vocab_size)
-            if not len(ids) or len(ids) < len(draft_token_ids) or not known.all():
-                raise ValueError(
-                    f"`draft_token_ids` has {len(draft_token_ids)} entries, {len(ids)} of them "
-                    f"distinct and {int(known.sum())} of these token ids; expected one or more, "
-                    f"all distinct and from 0 to {self.config.vocab_size - 1}."
-                )
+            _check_token_ids(draft_token_ids, self.config.vocab_size)
         self.draft_token_ids = draft_token_ids
         self.config.draft_vocab_size = None if draft_token_ids is None else len(draft_token_ids)
 
@@ -127,11 +115,22 @@ class EagleDrafter(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, for complete safetensors checkpoints only.
 
         Raises:
-            ValueError: if `use_safetensors=False` is asked for (a pickle can run code), or if the
-                checkpoint lacks a weight, has one too many, or one of another shape.
+            ValueError: if `use_safetensors=False` is asked for (a pickle can run code), if an index
+                names files that are no safetensors of the same folder, if the configuration is no
+                drafter's, or if the checkpoint lacks a weight, has one too many, or one of another
+                shape. What can be told from the files' headers is, before any module is made.
+            OSError: if a file is missing or unreadable.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` is False, but drafters load from safetensors only.")
+        path = kwargs.get("pretrained_model_name_or_path", args[0] if args else None)
+        config = kwargs.get("config")
+        if not isinstance(config, EagleDrafterConfig):
+            config = read_config(path if config is None else config, kwargs)
+            config = EagleDrafterConfig.from_dict(config)
+        with torch.device("meta"):
+            expected = cls(config).state_dict()
+        check_shapes(safetensors_files(path, kwargs), expected)
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, like other misfits
         wants_info = kwargs.pop("output_loading_info", False)
@@ -139,7 +138,42 @@ class EagleDrafter(PreTrainedModel):
         wrong = {k: sorted(map(str, info[k])) for k in info if k.endswith("_keys") and info[k]}
         if wrong:
             raise ValueError(f"The checkpoint {args[:1]} does not fit its configuration: {wrong}.")
+        if drafter.draft_token_ids is not None:
+            _check_token_ids(drafter.draft_token_ids, drafter.config.vocab_size)
+        drafter.check_runs()
         return (drafter, info) if wants_info else drafter
+
+    def check_runs(self) -> None:
+        """Run two slots and then one more, as drafting does.
+
+        Raises:
+            ValueError: if the layer's code fails or gives something else than a feature each.
+        """
+        cache = DynamicCache(config=self.trunk.config)
+        shape = None
+        try:
+            for positions in (torch.arange(2), torch.arange(2, 3)):
+                inputs = torch.ones(
+                    1, len(positions), self.config.hidden_size, dtype=self.dtype, device=self.device
+                )
+                with torch.no_grad():
+                    shape = self(
+                        inputs,
+                        inputs,
+                        position_ids=positions[None].to(self.device),
+                        past_key_values=cache,
+                    ).last_hidden_state.shape
+        except Exception as error:  # a family's code is not ours: whatever it raises refuses it
+            raise ValueError(
+                f"A layer of the family {self.config.layer_config['model_type']!r} with this "
+                f"`layer_config` does not run as a drafter's: {type(error).__name__}: {error}"
+            ) from error
+        if shape != inputs.shape or cache.get_seq_length() != 3:
+            raise ValueError(
+                f"A layer of the family {self.config.layer_config['model_type']!r} keeps "
+                f"{cache.get_seq_length()} slots of 3 and gives features of shape {tuple(shape)}, "
+                f"expected all and {tuple(inputs.shape)}: it does not run as a drafter's."
+            )
 
     def forward(
         self,
@@ -173,6 +207,17 @@ class EagleDrafter(PreTrainedModel):
             use_cache=past_key_values is not None if use_cache is None else use_cache,
             **{CACHE: past_key_values},
             **kwargs,
+        )
+
+
+def _check_token_ids(draft_token_ids: torch.Tensor, vocab_size: int) -> None:
+    ids = draft_token_ids.unique()
+    known = (ids >= 0) & (ids < vocab_size)
+    if not len(ids) or len(ids) < len(draft_token_ids) or not known.all():
+        raise ValueError(
+            f"`draft_token_ids` has {len(draft_token_ids)} entries, {len(ids)} of them distinct "
+            f"and {int(known.sum())} of these token ids; expected one or more, all distinct and "
+            f"from 0 to {vocab_size - 1}."
         )
 
 

@@ -1,21 +1,26 @@
 """Several drafters of one shape as one module: stacked weights, one pass.
 
 Row d of a batch runs through drafter d. What a drafter's modules do between their linear layers
-(attention, rotary embedding, residuals) is the same for all and runs as for any batch.
+(attention, rotary embedding, residuals) is the same for all and runs as for any batch. Not every
+family's layer allows that (experts, attention sinks, state in a module's own parameters): which
+do is read from the modules, and every stack is tried once against its drafters before it is used.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .modeling_eagle import EagleDrafter
 
@@ -38,20 +43,26 @@ class StackedLinear(nn.Module):
             self.bias = torch.stack([layer.bias.detach() for layer in layers])[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(D, n, out) from (D, n, in)."""
+        """(D, ..., out) from (D, ..., in)."""
+        rows = x if x.dim() == 3 else x.flatten(1, -2)
         if self.bias is None:
-            return torch.bmm(x, self.weight)
-        return torch.baddbmm(self.bias, x, self.weight)
+            found = torch.bmm(rows, self.weight)
+        else:
+            found = torch.baddbmm(self.bias, rows, self.weight)
+        return found if x.dim() == 3 else found.view(*x.shape[:-1], -1)
 
 
 class _RowWise(nn.Module):
-    """D modules with parameters of their own (norms), each on its row."""
+    """D modules with vectors of their own (norms), each on its row."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.rows = list(modules)  # a plain list: they belong to the drafters
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(D, ...) from (D, ...)."""
+        if len(x) != len(self.rows):
+            raise ValueError(f"The input has {len(x)} rows, expected {len(self.rows)}.")
         return torch.cat([module(x[d : d + 1]) for d, module in enumerate(self.rows)])
 
 
@@ -59,7 +70,7 @@ def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
     first = modules[0]
     if type(first) is nn.Linear:
         return StackedLinear(modules)
-    if first._parameters and any(value is not None for value in first._parameters.values()):
+    if _has_own(first):
         return _RowWise(modules)
     shell = copy.copy(first)  # shares everything but the modules inside
     shell.__dict__["_modules"] = {
@@ -67,6 +78,51 @@ def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
         for name, child in first._modules.items()
     }
     return shell
+
+
+def _has_own(module: nn.Module) -> bool:
+    return any(value is not None for value in module._parameters.values())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a function of one tensor with vectors as its only parameters."""
+    takes = inspect.signature(module.forward).parameters.values()
+    needed = [parameter for parameter in takes if parameter.default is inspect.Parameter.empty]
+    return (
+        not module._modules
+        and all(value is None or value.dim() == 1 for value in module._parameters.values())
+        and len(needed) == 1
+        and needed[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )
+
+
+def _alike(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules are built alike, of nothing but what [`stack`] knows how to stack."""
+    first = modules[0]
+    for module in modules:
+        changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if type(module) is not type(first) or changed:
+            return False
+        shapes = [
+            {name: None if x is None else (x.shape, x.dtype) for name, x in m._parameters.items()}
+            for m in (module, first)
+        ]
+        if shapes[0] != shapes[1] or module._modules.keys() != first._modules.keys():
+            return False
+    if type(first) is nn.Linear:
+        return True
+    if _has_own(first):
+        return _is_norm(first)
+    # Saved buffers are weights of some kind; those of the drafter itself are the head's affair.
+    saved = first._buffers.keys() - first._non_persistent_buffers_set
+    if any(first._buffers[name] is not None for name in saved) and type(first) is not EagleDrafter:
+        return False
+    for name in first._modules:
+        children = [module._modules[name] for module in modules]
+        present = [child for child in children if child is not None]
+        if present and (len(present) < len(children) or not _alike(children)):
+            return False
+    return True
 
 
 def stack(drafters: Sequence[EagleDrafter]) -> nn.Module:
@@ -80,8 +136,56 @@ def stack(drafters: Sequence[EagleDrafter]) -> nn.Module:
     return _stacked(drafters)
 
 
+def _agrees(stacked: nn.Module, drafters: Sequence[EagleDrafter]) -> bool:
+    """Whether a stack computes what its drafters do: on a context, then on two nodes of a tree."""
+    first = drafters[0]
+    width, device, dtype = first.config.hidden_size, first.device, first.dtype
+    generator = torch.Generator().manual_seed(0)
+    count = len(drafters)
+    slots, nodes = count + 1, count + 2  # no dimension is as long as another by chance
+    runs = [
+        torch.randn(2, count, n, width, generator=generator).to(device, dtype)
+        for n in (slots, nodes)
+    ]
+    mask = torch.cat([torch.ones(nodes, slots), torch.eye(nodes)], dim=1).bool()[None, None]
+    mask = mask.to(device)
+    if first.trunk.config._attn_implementation == "eager":
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    positions = (torch.arange(slots), torch.full((nodes,), slots))
+
+    def run(module: nn.Module, rows: slice) -> torch.Tensor:
+        cache = DynamicCache(config=first.trunk.config)
+        found = []
+        for (embeds, features), at, seen in zip(runs, positions, (None, mask)):
+            found.append(
+                module(
+                    inputs_embeds=embeds[rows],
+                    features=features[rows],
+                    attention_mask=seen,
+                    position_ids=at[None].to(device),
+                    past_key_values=cache,
+                ).last_hidden_state
+            )
+        return torch.cat(found, dim=1).float()
+
+    try:
+        together = run(stacked, slice(None))
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False  # the family's code does something with its modules that a stack does not do
+    apart = torch.cat([run(drafter, slice(d, d + 1)) for d, drafter in enumerate(drafters)])
+    if together.shape != apart.shape:
+        return False
+    # Another order of sums rounds differently; another row's weights give something else entirely.
+    error = (together - apart).flatten(1).norm(dim=1)
+    bound = 8 * torch.finfo(dtype).eps ** 0.75 * apart.flatten(1).norm(dim=1)
+    return bool((error <= bound).all())
+
+
 def stacking_key(drafter: EagleDrafter) -> tuple[object, ...]:
-    """Drafters with equal keys can be stacked."""
+    """Only drafters with equal keys can be stacked."""
     config = drafter.config
     return (
         repr(sorted(config.layer_config.items())),
@@ -95,11 +199,15 @@ def stacking_key(drafter: EagleDrafter) -> tuple[object, ...]:
 
 
 def groups_of(drafters: Sequence[EagleDrafter]) -> list[tuple[int, ...]]:
-    """Indices of the drafters that can be stacked, group by group."""
+    """Indices of the drafters that run as one, group by group; what cannot be stacked is alone."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, drafter in enumerate(drafters):
         groups.setdefault(stacking_key(drafter), []).append(index)
-    return [tuple(group) for group in groups.values()]
+    found: list[tuple[int, ...]] = []
+    for group in groups.values():
+        as_one = len(group) == 1 or kept_stack([drafters[i] for i in group]) is not None
+        found += [tuple(group)] if as_one else [(index,) for index in group]
+    return found
 
 
 class DraftHead:
@@ -163,15 +271,35 @@ class DraftHead:
         return full.scatter_(2, self.ids[:, None].expand_as(probabilities), probabilities)
 
 
-# What was made of some drafters: it lives as long as the first of them.
-_kept: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[object, object]]]
-_kept = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Kept:
+    """What was made of some modules.
+
+    Args:
+        modules: weak references, so that it lives no longer than the first of them to go.
+        state: see [`_state`].
+        made: the stack or head; None where none can be made.
+    """
+
+    modules: list[weakref.ref[nn.Module]]
+    state: object
+    made: object
+
+
+# The most recently used last. More than these would be for drafters in ever other combinations.
+_kept: OrderedDict[tuple, _Kept] = OrderedDict()
+_MOST_KEPT = 16
+_SAMPLE = 1024
 _lock = threading.Lock()
 
 
-def kept_stack(drafters: Sequence[EagleDrafter]) -> nn.Module:
-    """[`stack`], made once for these drafters and again when their weights have changed."""
-    return _keep("stack", drafters, lambda: stack(drafters))
+def kept_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
+    """[`stack`], made once for these drafters and again when their weights have changed.
+
+    Returns:
+        None if these drafters cannot be stacked.
+    """
+    return _keep("stack", drafters, lambda: _tried_stack(drafters))
 
 
 def kept_head(drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> DraftHead:
@@ -182,16 +310,48 @@ def kept_head(drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> Draf
     return _keep("head", [*drafters, head], lambda: DraftHead(drafters, target))
 
 
+@torch.no_grad()
+def _tried_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
+    if not _alike(drafters):
+        return None
+    stacked = stack(drafters)
+    return stacked if _agrees(stacked, drafters) else None
+
+
+def _state(modules: Sequence[nn.Module]) -> list[tuple]:
+    """Equal to what it was before if no tensor of the modules is another or was changed.
+
+    A tensor's version counts the changes, but not those through `.data` or of tensors made under
+    inference mode. So a sample of the numbers is looked at too: an optimiser's step, a load or an
+    average changes nearly all.
+    """
+    found = []
+    for x in (x for module in modules for x in (*module.parameters(), *module.buffers())):
+        version = 0 if x.is_inference() else x._version
+        sample = b""
+        if not x.is_meta:
+            flat = x.detach().reshape(-1)
+            flat = flat[:: max(len(flat) // _SAMPLE, 1)].contiguous().cpu()
+            sample = flat.view(torch.uint8).numpy().tobytes()
+        found.append((x.data_ptr(), version, hash(sample)))
+    return found
+
+
 def _keep(kind: str, modules: Sequence[nn.Module], make: Callable[[], _Made]) -> _Made:
     """What `make` gives, or gave when none of the modules' tensors was another."""
-    tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-    state = (
-        [weakref.ref(module) for module in modules],
-        [(x.data_ptr(), x._version if not x.is_inference() else 0) for x in tensors],
-    )
+    state = _state(modules)
     key = (kind, *map(id, modules))
+
+    def forget(_: weakref.ref[nn.Module]) -> None:
+        # Without the lock: the garbage collector may come while this thread has it.
+        _kept.pop(key, None)
+
     with _lock:
-        made = _kept.setdefault(modules[0], {})
-        if key not in made or made[key][0] != state:
-            made[key] = (state, make())
-        return made[key][1]
+        kept = _kept.get(key)
+        if kept is None or kept.state != state:
+            kept = _Kept([weakref.ref(module, forget) for module in modules], state, make())
+        _kept[key] = kept
+        _kept.move_to_end(key)
+        while len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
+        return kept.made

@@ -6,9 +6,10 @@ import gc
 import pytest
 import torch
 
-from taps_hf import ChainTree, DynamicTree
+from benchmarks.families import tiny_model
+from taps_hf import ChainTree, DynamicTree, EagleDrafter
 from taps_hf.drafting import DrafterSession
-from taps_hf.stacking import kept_stack, stack, stacking_key
+from taps_hf.stacking import groups_of, kept_stack, stack, stacking_key
 
 from .tiny import prompt, tiny_drafters, tiny_target
 
@@ -101,12 +102,108 @@ def test_a_stack_is_made_once_and_again_when_a_weight_changes():
     torch.testing.assert_close(found, alone)
 
 
-def test_a_stack_lives_no_longer_than_its_drafters():
+def changed(drafter, how: str) -> None:
+    weight = drafter.trunk.layers[0].self_attn.q_proj.weight
+    if how == "data":
+        weight.data.mul_(2.0)
+    elif how == "data of a tensor":
+        weight.data.copy_(torch.randn(weight.shape))
+    else:
+        with torch.inference_mode():
+            weight.mul_(2.0)
+
+
+@pytest.mark.parametrize("how", ["data", "data of a tensor", "inference"])
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+def test_changes_in_place_are_noticed(how, made_in_inference_mode):
+    drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
+    if made_in_inference_mode:
+        with torch.inference_mode():
+            for parameter in drafters[1].parameters():
+                parameter.data = parameter.data.clone()
+    first = kept_stack(drafters)
+    assert kept_stack(drafters) is first
+    changed(drafters[1], how)
+    assert kept_stack(drafters) is not first
+
+
+def kept() -> int:
+    from taps_hf import stacking
+
+    return len(stacking._kept)
+
+
+@pytest.fixture
+def _nothing_kept():
+    from taps_hf import stacking
+
+    stacking._kept.clear()
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+@pytest.mark.parametrize("draft_vocab", [None, 6])
+def test_a_stack_lives_no_longer_than_any_of_its_drafters(draft_vocab):
+    target = tiny_target()
+    drafters = [copy.deepcopy(d) for d in tiny_drafters(2, draft_vocab=draft_vocab)]
+    for _ in range(12):
+        DrafterSession(drafters, target, range(2), 2)
+        assert kept() == (1 if draft_vocab is None else 2)
+        drafters[1] = copy.deepcopy(drafters[1])  # the first stays, its partner goes
+    gc.collect()
+    assert kept() == 0
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+def test_no_more_than_some_stacks_are_kept():
+    """Of drafters that live on, in ever other combinations."""
+    from taps_hf import stacking
+
+    one, *others = [copy.deepcopy(tiny_drafters(1)[0]) for _ in range(stacking._MOST_KEPT + 3)]
+    stacks = [kept_stack([one, other]) for other in others]
+    assert kept() == stacking._MOST_KEPT
+    assert kept_stack([one, others[-1]]) is stacks[-1]
+    assert kept_stack([one, others[0]]) is not stacks[0]
+
+
+def wide_drafters(family: str, **kwargs) -> list[EagleDrafter]:
+    target = tiny_model(family)
+    return [EagleDrafter.from_target(target, **kwargs).eval() for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs"),
+    [
+        ("mixtral", {"dense": False}),  # experts' weights in one tensor
+        ("gpt_oss", {"dense": False}),  # attention sinks
+        ("flint", {}),
+        ("doge", {}),
+        ("diffllama", {}),
+    ],
+)
+def test_what_cannot_be_stacked_runs_one_after_the_other(family, kwargs):
+    drafters = wide_drafters(family, **kwargs)
+    assert groups_of(drafters) == [(0,), (1,)]
+    with pytest.raises(ValueError, match="cannot run as one"):
+        DrafterSession(drafters, tiny_model(family), range(2), 2)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3", "apertus"])
+def test_latent_attention_and_learnt_activations_are_stacked(family):
+    assert groups_of(wide_drafters(family)) == [(0, 1)]
+
+
+def test_hooks_keep_drafters_apart():
+    """A stack would not call them."""
+    drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
+    assert groups_of(drafters) == [(0, 1)]
+    drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
+    drafters[1].fc.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert groups_of(drafters) == [(0,), (1,)]
+
+
+def test_a_stack_that_computes_something_else_is_not_used(monkeypatch):
     from taps_hf import stacking
 
     drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
-    kept = kept_stack(drafters)
-    count = len(stacking._kept)
-    del drafters, kept
-    gc.collect()
-    assert len(stacking._kept) == count - 1
+    monkeypatch.setattr(stacking, "stack", lambda drafters: stack(drafters[::-1]))
+    assert groups_of(drafters) == [(0,), (1,)]

@@ -1,0 +1,133 @@
+"""What a drafter's folder holds, read before anything is made of it.
+
+Folders come from anyone. Only safetensors are read, and only inside the folder; their headers tell
+the weights' shapes, so a configuration which asks for others is refused before memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+_FINDING = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+_DTYPES = {torch.int64: "I64"}
+
+
+def _find(path: str | Path, name: str, kwargs: Mapping[str, Any], required: bool) -> Path | None:
+    """A file of a folder or of a repository of the Hub, as transformers finds it."""
+    found = cached_file(
+        path,
+        name,
+        **{k: kwargs[k] for k in _FINDING if kwargs.get(k) is not None},
+        _raise_exceptions_for_missing_entries=required,
+    )
+    if found is None and required:
+        raise OSError(f"{path} has no file {name}.")
+    return None if found is None else Path(found)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def read_config(path: str | Path, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint's `config.json`.
+
+    Args:
+        path: a folder, or the name of a repository of the Hub.
+        kwargs: of `from_pretrained`; those about finding files are used.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is not a JSON object, or not a drafter's.
+    """
+    file = _find(path, "config.json", kwargs, required=True)
+    content = _read_object(file)
+    if content.get("model_type") != "taps_eagle":
+        raise ValueError(
+            f"{file} has `model_type` {content.get('model_type')!r}, expected 'taps_eagle': "
+            "it is not a drafter's."
+        )
+    return content
+
+
+def safetensors_files(path: str | Path, kwargs: Mapping[str, Any]) -> list[Path]:
+    """The files that a checkpoint's weights are in.
+
+    Args:
+        path: a folder, or the name of a repository of the Hub.
+        kwargs: of `from_pretrained`; those about finding files are used.
+
+    Raises:
+        OSError: if there are none.
+        ValueError: if the index is not one, or names a file that is not a safetensors file beside
+            it.
+    """
+    variant = kwargs.get("variant")
+    weights, index = (
+        name if variant is None else f"{(parts := name.rsplit('.', 1))[0]}.{variant}.{parts[1]}"
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    whole = _find(path, weights, kwargs, required=False)
+    if whole is not None:
+        return [whole]
+    found = _find(path, index, kwargs, required=False)
+    if found is None:
+        raise OSError(f"{path} has neither {weights} nor {index}: drafters are safetensors only.")
+    parts = _read_object(found).get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise ValueError(f"{found} has no `weight_map` from weights to files.")
+    for weight, name in parts.items():
+        # On any system: a backslash is a separator on some.
+        plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{found} has weight {weight!r} in {name!r}, expected a *.safetensors file of the "
+                "same folder."
+            )
+    return [_find(path, name, kwargs, required=True) for name in sorted(set(parts.values()))]
+
+
+def check_shapes(files: Sequence[Path], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare headers with what a model's modules hold.
+
+    Raises:
+        ValueError: if a weight is missing, unknown, or of another shape, or a buffer of integers
+            holds something else.
+        SafetensorError: if a file is not safetensors.
+    """
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in list(weights.keys()):
+                part = weights.get_slice(name)
+                found[name] = (list(part.get_shape()), part.get_dtype())
+    wrong = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(found.keys() & expected.keys()):
+        (shape, dtype), tensor = found[name], expected[name]
+        wanted = _DTYPES.get(tensor.dtype, dtype)
+        if shape != list(tensor.shape) or dtype != wanted:
+            wrong.append(f"{name} is {dtype} {shape}, expected {wanted} {list(tensor.shape)}")
+    if wrong:
+        raise ValueError(f"{files[0].parent} does not fit its configuration: {'; '.join(wrong)}.")
