@@ -17,10 +17,17 @@ def test_in_transformers_own_assisted_generation(monkeypatch):
         pytest.skip("this transformers hands no model outputs to candidate generators")
     target = copy.deepcopy(tiny_target())
     made = []
+    proposed = []  # tokens a cycle
+
+    class Counting(taps_hf.TreeCandidateGenerator):
+        def get_candidates(self, input_ids, *args, **kwargs):
+            candidates, logits = super().get_candidates(input_ids, *args, **kwargs)
+            proposed.append(candidates.shape[1] - input_ids.shape[1])
+            return candidates, logits
 
     def ours(self, **kwargs):
         made.append(
-            taps_hf.TreeCandidateGenerator(
+            Counting(
                 target,
                 tiny_drafters(2),
                 taps_hf.Merged(),
@@ -38,7 +45,8 @@ def test_in_transformers_own_assisted_generation(monkeypatch):
     )
     assert torch.equal(plain, assisted)
     assert made[0].history == []  # only this package's loop records outcomes
-    assert made[0]._observed > 9  # the drafters followed what was generated
+    assert sum(proposed) > 0
+    assert len(proposed) < 30  # some were accepted: fewer cycles than tokens
 
 
 def test_before_the_first_pass_there_is_nothing_to_propose():

@@ -15,9 +15,9 @@ from .base import Choice, CycleOutcome, Strategy, register_strategy
 TIE = 1e-4
 """Scores that differ by no more are equal: a mean confidence, or nats of mean entropy.
 
-In float32 the same trees, grown in another batch, with other threads, or on another CPU, have had
-scores that differ by up to 4e-5 (random drafters with large weights; 2e-7 where all are sure). A
-hundredth of a percent of confidence says nothing about which drafter is right.
+In float32 a batched replay's scores and the live run's have differed by up to 4e-5 (random drafters
+with large weights, one CPU, one thread; 2e-7 where they nearly tied). Other rounding may differ by
+more. A hundredth of a percent of confidence says nothing about which drafter is right.
 """
 
 
