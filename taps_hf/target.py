@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import types
 from typing import Any
 
@@ -42,9 +43,8 @@ def _recording(model: PreTrainedModel) -> tuple[PreTrainedModel, _Recorder]:
     recorder = _Recorder(model.base_model)
     shell = copy.copy(model)
     shell.__dict__["_modules"] = {**model._modules, model.base_model_prefix: recorder}
-    # A compiled model is one with the original's modules; accelerate's hooks on those stay in
-    # effect, and its wrapper around the model itself only moves inputs and outputs.
-    shell.__dict__["_compiled_call_impl"] = None
+    # accelerate's wrapper around the model itself only moves inputs and outputs; its hooks on the
+    # submodules stay in effect.
     forward = shell.__dict__.pop("forward", None)
     if forward is not None and not _dispatched(model):
         shell.__dict__["forward"] = types.MethodType(forward.__func__, shell)
@@ -118,8 +118,9 @@ class TargetSession:
         self._prefill_chunk_size = generation_config.prefill_chunk_size
         config = model.config.get_text_config(decoder=True)
         self._eager = config._attn_implementation == "eager"
-        self._window = getattr(config, "sliding_window", None)
-        self._layer_types = _layer_types(config)
+        windowed = masks_windows(model)
+        self._window = getattr(config, "sliding_window", None) if windowed else None
+        self._layer_types = _layer_types(config) if windowed else {"full_attention": 0}
         mask = model_kwargs.get("attention_mask")
         cache = model_kwargs[CACHE]
         past = cache.get_seq_length()
@@ -274,6 +275,20 @@ class TargetSession:
 def _mask_length(generation_config: GenerationConfig) -> int | None:
     """Length of the all-ones mask that newer versions of `generate` drop, if there was one."""
     return getattr(generation_config, "_mask_length", None)
+
+
+def masks_windows(model: PreTrainedModel) -> bool:
+    """Whether the model hides what is outside of its config's `sliding_window`.
+
+    Some families never read that field (Llama, Granite, OLMo 2, GLM 4, ...), though their configs
+    may hold one. Which do is known by the mask they build: not all attention modules tell (those
+    of code from elsewhere may be all there is).
+    """
+    decoder = model.base_model
+    files = (sys.modules[cls.__module__] for cls in type(decoder).__mro__)
+    if any(hasattr(file, "create_sliding_window_causal_mask") for file in files):
+        return True
+    return any(getattr(module, "sliding_window", None) for module in decoder.modules())
 
 
 def _layer_types(config: Any) -> dict[str, int]:

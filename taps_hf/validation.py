@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
 from .cache import CACHE, check_cache
@@ -18,7 +18,7 @@ from .configuration_eagle import tokenizer_fingerprint
 from .modeling_eagle import EagleDrafter
 from .shapes import TreeShape
 from .strategies import Strategy
-from .target import check_forward
+from .target import check_forward, masks_windows
 from .verification import VERIFIERS
 
 # What generate() hands to a decoding method and a text-only target's forward takes.
@@ -259,7 +259,27 @@ def check_call(
         raise ValueError("`use_cache` is False, expected True with `assistant_models`.")
     cache = model_kwargs.get(CACHE)
     check_cache(cache)
+    _check_windows(model, cache, generation_config)
     _check_rotary(model, max(input_ids.shape[1], cache.get_seq_length()), generation_config)
+
+
+def _check_windows(
+    model: PreTrainedModel, cache: DynamicCache, generation_config: GenerationConfig
+) -> None:
+    """Refuse runs in which the cache forgets what the target's attention would still see.
+
+    Plain generate then attends to the whole prompt in its one pass over it, and to a window later:
+    what a token sees depends on how the text is cut into passes.
+    """
+    if masks_windows(model):
+        return
+    windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
+    if windows and generation_config.max_length > min(windows):
+        raise ValueError(
+            f"The target ({type(model).__name__}) has no sliding windows, but its cache forgets "
+            f"all but {min(windows)} tokens and `max_length` is {generation_config.max_length}; "
+            f"expected `sliding_window` None in its config (or `{CACHE}=DynamicCache()`)."
+        )
 
 
 def _check_rotary(model: PreTrainedModel, length: int, generation_config: GenerationConfig) -> None:

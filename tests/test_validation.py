@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    DynamicCache,
     MptConfig,
     MptForCausalLM,
     StaticCache,
@@ -17,6 +18,7 @@ from transformers import (
 
 import taps_hf
 from taps_hf.cache import CACHE
+from tests import tiny
 from tests.test_generation import tokenizer  # noqa: F401 (a fixture)
 from tests.tiny import VOCAB, prompt, tiny_drafters, tiny_target
 
@@ -168,6 +170,30 @@ def test_targets_that_take_no_tree():
     both_ways = copy.deepcopy(tiny_target("gemma3_text"))
     both_ways.config.use_bidirectional_attention = True
     refused("both ways", target=both_ways, assistant_models=tiny_drafters(2, "gemma3_text"))
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "olmo2", "glm4"])
+def test_a_window_that_only_the_config_knows(family: str):
+    config = AutoConfig.for_model(family, **{**tiny._COMMON, "sliding_window": 16})
+    torch.manual_seed(1)
+    target = AutoModelForCausalLM.from_config(config).eval()
+    drafters = [taps_hf.EagleDrafter.from_target(target).eval()]
+    common = {"do_sample": False, "eos_token_id": None}
+    ours = {"assistant_models": drafters, "strategy": "merged"}
+    ours["tree"] = taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30)
+    for length, new, cache in ((9, 7, None), (9, 30, DynamicCache), (30, 20, DynamicCache)):
+        plain, found = (
+            target.generate(
+                prompt(length),
+                max_new_tokens=new,
+                **common,
+                **extra,
+                **({} if cache is None else {"past_key_values": cache()}),
+            )
+            for extra in ({}, ours)
+        )
+        assert torch.equal(plain, found)
+    refused("has no sliding windows, but its cache forgets all but 16", target, prompt(30), **ours)
 
 
 def test_inputs_prepared_by_the_object():
