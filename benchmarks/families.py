@@ -9,11 +9,12 @@ in float32: plainly, with one drafter, with two. A family *works* where all give
 from __future__ import annotations
 
 import argparse
-import gc
 import re
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ from taps_hf import EagleDrafter
 from taps_hf.stacking import groups_of
 
 VOCAB = 32
-_MOST_PARAMETERS = 20_000_000
+_MOST_PARAMETERS = 80_000_000
 _LAYERS = 2
+_LONGEST_REASON = 200
 # Sizes by the names that families have for them; those a family lacks are left out.
 _SIZES = {
     "vocab_size": VOCAB,
@@ -58,6 +60,11 @@ _SIZES = {
     "n_routed_experts": 4,
     "num_local_experts": 4,
     "moe_num_experts": 4,
+    "n_shared_experts": 1,
+    "rotary_dim": 4,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
     "num_experts_per_tok": 2,
     "num_experts_per_token": 2,
     "moe_k": 2,
@@ -135,18 +142,24 @@ def _generate(model: PreTrainedModel, **kwargs) -> list[int]:
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=24,
+        max_new_tokens=16,
         **kwargs,
     )[0].tolist()
 
 
 def _one_line(error: BaseException) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip().replace("|", "/")
+    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def outcome(family: str) -> Outcome:
     """Try one family."""
+    default = CONFIG_MAPPING[family]()
+    if default.is_encoder_decoder:
+        return Outcome(family, "refused", reason="an encoder-decoder model")
+    if default.get_text_config(decoder=True) is not default:
+        return Outcome(family, "refused", reason="not text only")
     try:
         model = tiny_model(family)
         plain = _generate(model)
@@ -169,20 +182,77 @@ def outcome(family: str) -> Outcome:
     return Outcome(family, "works", len(groups_of(drafters)) == 1, layer)
 
 
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The page that says what every family does, as Markdown."""
+    works = [x for x in outcomes if x.verdict == "works"]
+    lines = [
+        "# Families",
+        "",
+        "Which causal models of transformers can have drafters, found out with a tiny random model",
+        "of each by `python -m benchmarks.families --output docs/families.md` (transformers",
+        f"{transformers.__version__}). *Works* means: greedily in float32, the tokens with one",
+        "drafter and with two are those of plain `generate`.",
+        "",
+        f"## Works: {len(works)}",
+        "",
+        "Several that do not run *as one* run one after the other: same output, slower drafts.",
+        "The layer of a target with a mixture of experts is a dense one, of the family named here;",
+        "`EagleDrafter.from_target(target, dense=False)` makes one with experts.",
+        "",
+        "| family | drafter's layer | several |",
+        "| --- | --- | --- |",
+    ]
+    lines += [
+        f"| {x.family} | {x.layer} | {'as one' if x.together else 'one after the other'} |"
+        for x in works
+    ]
+    sections = {
+        "refused": ("Refused", "With a `ValueError` before any pass of the target."),
+        "wrong": ("Wrong", "Faults that are known: something else than a `ValueError`, or tokens."),
+        "not tried": (
+            "Not tried",
+            "No tiny model of it could be made, or run by plain `generate`.",
+        ),
+    }
+    for verdict, (title, text) in sections.items():
+        these = [x for x in outcomes if x.verdict == verdict]
+        if these:
+            lines += [
+                "",
+                f"## {title}: {len(these)}",
+                "",
+                text,
+                "",
+                "| family | why |",
+                "| --- | --- |",
+            ]
+            lines += [f"| {x.family} | {x.reason} |" for x in these]
+    return "\n".join(lines) + "\n"
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    torch.set_num_threads(1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Try families, print what happens and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="model types (default: all)")
     parser.add_argument("--output", type=Path, help="the Markdown file to write")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    taps_hf.enable()
-    found = []
-    for family in options.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        found.append(outcome(family))
-        print(found[-1], flush=True)
-        gc.collect()
+    families = options.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    outcomes = []
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=get_context("spawn"), initializer=_quiet
+    ) as pool:
+        for found in pool.map(outcome, families):
+            print(found, flush=True)
+            outcomes.append(found)
+    if options.output:
+        options.output.write_text(table(outcomes), "utf-8")
 
 
 if __name__ == "__main__":

@@ -81,8 +81,11 @@ def safetensors_files(path: str | Path, kwargs: Mapping[str, Any]) -> list[Path]
     Raises:
         OSError: if there are none.
         ValueError: if the index is not one, or names a file that is not a safetensors file beside
-            it.
+            it, or if an adapter's configuration names other weights.
     """
+    adapter = _find(path, "adapter_config.json", kwargs, required=False)
+    if adapter is not None:  # with peft installed, transformers would load the model it names
+        raise ValueError(f"{adapter} is there, but drafters have no adapters.")
     variant = kwargs.get("variant")
     weights, index = (
         name if variant is None else f"{(parts := name.rsplit('.', 1))[0]}.{variant}.{parts[1]}"

@@ -57,6 +57,7 @@ _SIBLINGS = {
     "phimoe": "llama",
     "qwen2_moe": "qwen2",
     "qwen3_moe": "qwen3",
+    "solar_open": "llama",
 }
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
@@ -76,11 +77,11 @@ def layer_config(config: PretrainedConfig, dense: bool = True) -> dict[str, Any]
     fields = _sibling(config) if sparse_only else _own(config, dense)
     fields.update(
         num_hidden_layers=1,
-        # The embedding is built only to be dropped: make it as small as can be.
+        # The embedding is built only to be dropped: make it as small as can be, with ids within.
         vocab_size=1,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
         tie_word_embeddings=False,
     )
     # A drafter always attends to everything: its one layer is cheap, and its cache small.
@@ -125,8 +126,6 @@ def _sibling(config: PretrainedConfig) -> dict[str, Any]:
     known = AutoConfig.for_model(kind).to_dict().keys() - _NOT_OF_THE_LAYER
     fields = {name: copy.deepcopy(every[name]) for name in known & every.keys()}
     fields["model_type"] = kind
-    if config.model_type == "gpt_oss":
-        fields["rope_parameters"].setdefault("rope_type", "default")
     if "kv_channels" in every:  # jetmoe
         fields["head_dim"] = config.kv_channels
     if kind == "llama" and isinstance(rope := fields.get("rope_parameters"), dict):
@@ -141,9 +140,8 @@ def _sibling(config: PretrainedConfig) -> dict[str, Any]:
 def _experts(trunk: nn.Module) -> str | None:
     """The name of a module with experts' weights, if there is one."""
     for name, module in trunk.named_modules():
-        if name.rpartition(".")[2] == "experts" or any(
-            parameter.dim() == 3 for parameter in module.parameters(recurse=False)
-        ):
+        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if name.rpartition(".")[2] == "experts" or (stacked and not isinstance(module, nn.Conv1d)):
             return name
     return None
 

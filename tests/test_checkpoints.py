@@ -75,6 +75,12 @@ def test_an_index_cannot_leave_its_folder(tmp_path, where):
         EagleDrafter.from_pretrained(folder)
 
 
+def test_an_adapter_cannot_name_other_weights(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json is there"):
+        EagleDrafter.from_pretrained(folder)
+
+
 def test_an_index_of_safetensors_is_read(folder):
     split(folder, "part.safetensors")
     loaded = EagleDrafter.from_pretrained(folder)

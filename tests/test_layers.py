@@ -56,8 +56,8 @@ def test_a_sparse_layer_can_be_asked_for():
 
 
 def test_families_without_a_known_dense_layer_are_refused():
-    with pytest.raises(ValueError, match=r"\(solar_open\) are mixtures of experts.*`dense=False`"):
-        EagleDrafterConfig.from_target(tiny_config("solar_open"))
+    with pytest.raises(ValueError, match=r"\(kolibri1\) are mixtures of experts.*`dense=False`"):
+        EagleDrafterConfig.from_target(tiny_config("kolibri1"))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "smollm3", "qwen3", "gemma3_text"])
