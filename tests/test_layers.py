@@ -8,6 +8,8 @@ from benchmarks.families import outcome, tiny_config
 from taps_hf import EagleDrafterConfig
 from taps_hf.layers import build_config, build_trunk, layer_config
 
+from .tiny import needs_family
+
 # Families of mixtures of experts, and whose dense layer their drafters have.
 EXPERTS = {
     "deepseek_v3": "deepseek_v3",
@@ -28,12 +30,14 @@ EXPERTS = {
 @pytest.mark.parametrize(("family", "layer"), EXPERTS.items())
 def test_targets_with_experts_have_dense_drafters_that_work(family, layer):
     """One and two: the tokens are those of plain generate."""
+    needs_family(family)
     found = outcome(family)
     assert (found.verdict, found.layer, found.together) == ("works", layer, True), found
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_a_dense_layer_is_as_wide_as_the_target(family):
+    needs_family(family)
     config = tiny_config(family)
     fields = layer_config(config)
     weights = build_trunk(fields, "meta").layers[0].state_dict().values()
@@ -56,6 +60,7 @@ def test_a_sparse_layer_can_be_asked_for():
 
 
 def test_families_without_a_known_dense_layer_are_refused():
+    needs_family("kolibri1")
     with pytest.raises(ValueError, match=r"\(kolibri1\) are mixtures of experts.*`dense=False`"):
         EagleDrafterConfig.from_target(tiny_config("kolibri1"))
 
