@@ -290,7 +290,8 @@ def _check_rotary(model: PreTrainedModel, length: int, generation_config: Genera
     """
     config = model.config.get_text_config(decoder=True)
     scaling = getattr(config, "rope_parameters", None) or {}
-    for rope in [scaling] if "rope_type" in scaling else scaling.values():
+    ropes = [scaling] if "rope_type" in scaling else scaling.values()
+    for rope in (rope for rope in ropes if rope):  # layers of some type may have none
         kind = rope.get("rope_type")
         limit = config.max_position_embeddings
         if kind == "dynamic" and length >= limit:

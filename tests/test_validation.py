@@ -258,3 +258,13 @@ def test_a_model_input_that_trees_cannot_carry():
                 model, ids, pixel_values=torch.zeros(1), **kw
             ),
         )
+
+
+def test_layers_without_rotary_positions_are_no_obstacle():
+    target = copy.deepcopy(tiny_target())
+    target.config.rope_parameters = {"full_attention": None}
+    plain = target.generate(prompt(), max_new_tokens=5, do_sample=False)
+    ours = target.generate(
+        prompt(), max_new_tokens=5, do_sample=False, assistant_models=tiny_drafters(1)
+    )
+    assert ours.equal(plain)

@@ -27,7 +27,7 @@ _COMMON = {
     # Larger than usual, so that random models have preferences and drafters can be wrong.
     "initializer_range": 0.4,
 }
-# Families whose models transformers 5.0 itself cannot make of a small configuration or without data.
+# Families of which transformers 5.0 itself makes no model, of a tiny configuration or without data.
 _NOT_MADE_BY_5_0 = {"apertus", "jetmoe"}
 FAMILIES: dict[str, dict] = {
     "llama": {},
