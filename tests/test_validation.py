@@ -188,7 +188,7 @@ def test_a_window_that_only_the_config_knows(family: str):
                 max_new_tokens=new,
                 **common,
                 **extra,
-                **({} if cache is None else {"past_key_values": cache()}),
+                **({} if cache is None else {CACHE: cache()}),
             )
             for extra in ({}, ours)
         )
