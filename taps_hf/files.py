@@ -204,7 +204,11 @@ class ResultFolder:
         new.mkdir()
         try:
             yield new
-            written = {_relative(file, new): digest_of_file(file) for file in _files(new)}
+            written = {}
+            for file in _files(new):
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+                written[_relative(file, new)] = digest_of_file(file)
             write_json(new / _MANIFEST, {"command": self.command, "files": written})
         except BaseException:
             _remove(new, [*_files(new)])

@@ -49,6 +49,10 @@ def train(options: TrainOptions) -> dict[str, float]:
         ValueError: before work starts, for data, a target, options or an `out` that cannot be used.
     """
     result = ResultFolder(Path(options.out), "train")
+    if options.init_from and Path(options.init_from).resolve().is_relative_to(result.folder):
+        raise ValueError(
+            f"`init_from` is {options.init_from}, which `out` would replace; expected another one."
+        )
     set_threads(options.threads)
     # Probabilities this small change nothing and slow a CPU's softmax down several times.
     torch.set_flush_denormal(True)

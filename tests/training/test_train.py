@@ -102,6 +102,10 @@ def test_a_result_takes_the_place_of_the_same_runs_alone(options, tmp_path):
     card = Path(options.out) / "README.md"
     assert train(options)  # all is done: what it wrote is written again
     assert [tree_of(other) for other in others] == [{"notes": b"mine"}] * 2
+    before = tree_of(Path(options.out))
+    with pytest.raises(ValueError, match="`out` would replace"):
+        train(replace(options, init_from=options.out))
+    assert tree_of(Path(options.out)) == before
     card.write_text("a better card")
     with pytest.raises(ValueError, match=r"README\.md, which was changed"):
         train(options)
