@@ -98,7 +98,10 @@ def check_begun(folder: Path, marker: str) -> None:
         ValueError: unless the folder has its marker, is empty, or does not exist.
     """
     if folder.is_dir():
-        others = any(path.name != "lock" for path in folder.iterdir())
+        # Another process of the same run may be about to write the marker.
+        unfinished = f".{Path(marker).stem}."
+        names = [path.name for path in folder.iterdir()]
+        others = any(name != "lock" and not name.startswith(unfinished) for name in names)
         if others and not (folder / marker).is_file():
             raise ValueError(
                 f"{folder} holds other things (it has no {marker}); expected an empty folder, one "

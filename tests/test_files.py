@@ -212,6 +212,10 @@ def test_folders_that_grow_are_known_by_their_marker(tmp_path):
     check_begun(folder, "settings.json")
     with hold(folder / "lock"):  # a run that was refused leaves no more than this
         check_begun(folder, "settings.json")
+    with whole(folder / "settings.json") as temporary:  # as another process of the run has it
+        temporary.write_text("{}")
+        check_begun(folder, "settings.json")
+    (folder / "settings.json").unlink()
     (folder / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match=r"no settings\.json"):
         check_begun(folder, "settings.json")
