@@ -183,7 +183,7 @@ class ResultFolder:
             )
         if not folder.exists() or not any(folder.iterdir()):
             return False
-        reason = self._not_replaceable()
+        reason = self._not_replaceable(folder)
         if reason:
             raise ValueError(
                 f"{folder} {reason}; expected a name yet unused, an empty folder, or an earlier "
@@ -227,21 +227,30 @@ class ResultFolder:
             return
         # Until the last step there is a complete result on disk, the old one or the new one.
         self.folder.rename(old)
-        new.rename(self.folder)
-        known = (*_manifest(old)["files"], _MANIFEST)
-        _remove(old, [file for file in _files(old) if _relative(file, old) in known])
+        try:
+            new.rename(self.folder)
+        except OSError:
+            old.rename(self.folder)
+            raise
+        # Looked at once more, now that nobody knows its name: it may have changed just before.
+        if self._not_replaceable(old) is None:
+            _remove(old, [*_files(old)])
 
-    def _not_replaceable(self) -> str | None:
+    def _not_replaceable(self, folder: Path) -> str | None:
         """Why what lies there must not be replaced; None if it may."""
-        manifest = _manifest(self.folder)
+        manifest = _manifest(folder)
         if manifest is None:
             return f"holds other things (it has no {_MANIFEST} of ours)"
         if manifest["command"] != self.command:
             return f"was written by `{manifest['command']}`"
         known = manifest["files"]
-        for path in sorted(self.folder.rglob("*")):
-            name = _relative(path, self.folder)
-            if path.is_symlink() or (not path.is_dir() and name not in (*known, _MANIFEST)):
+        for path in sorted(folder.rglob("*")):
+            name = _relative(path, folder)
+            if path.is_dir() and not path.is_symlink():
+                ours = any(other.startswith(f"{name}/") for other in known)
+            else:
+                ours = path.is_file() and not path.is_symlink() and name in (*known, _MANIFEST)
+            if not ours:
                 return f"holds {name}, which this command did not write"
             if name in known and digest_of_file(path) != known[name]:
                 return f"holds {name}, which was changed since it was written"

@@ -94,6 +94,11 @@ def _link_inside(out: Path) -> None:
     (out / "inner" / "model").symlink_to(out / "config.json")
 
 
+def _folder_inside(out: Path) -> None:
+    result(out, "a")
+    (out / "empty").mkdir()
+
+
 def _without_manifest(out: Path) -> None:
     out.mkdir()
     (out / "config.json").write_text("{}")
@@ -129,6 +134,7 @@ REFUSED = {
     "holds notes.txt": _foreign_file,
     "holds config.json, which was changed": _changed_file,
     "holds inner/model": _link_inside,
+    "holds empty": _folder_inside,
     "holds other things": _without_manifest,
     "holds other things (": _hidden,
     "written by `average`": _other_command,
