@@ -31,11 +31,11 @@ from taps_hf import (
 )
 from taps_hf.cache import CACHE
 from taps_hf.checks import check_device, set_threads
-from taps_hf.costs import LearntCosts
-from taps_hf.drafting import DrafterSession, topk_by_blocks
-from taps_hf.stacking import groups_of
+from taps_hf.drafters.session import DrafterSession, topk_by_blocks
+from taps_hf.drafters.stacking import groups_of
+from taps_hf.strategies.costs import LearntCosts
 from taps_hf.target import TargetSession
-from taps_hf.tree import move
+from taps_hf.trees.tree import move
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 

@@ -9,14 +9,13 @@ Importing this package teaches `generate` the argument `assistant_models` (undo:
     target.generate(**inputs, assistant_models=[math, chat])
 """
 
-from .averaging import average_drafters
 from .candidate_generator import TreeCandidateGenerator
-from .configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
-from .costs import Costs, DraftCost, measure_costs
+from .drafters.averaging import average_drafters
+from .drafters.configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
+from .drafters.modeling_eagle import EagleDrafter
 from .extension import disable, enable, is_enabled
 from .generation import SpeculativeDecoding
-from .modeling_eagle import EagleDrafter
-from .shapes import ChainTree, DynamicTree, FixedTree, TreeShape
+from .measuring import measure_costs
 from .strategies import (
     Auto,
     Choice,
@@ -31,8 +30,10 @@ from .strategies import (
     list_strategies,
     register_strategy,
 )
+from .strategies.costs import Costs, DraftCost
 from .trace import CycleTrace, DraftTrace, EmittedToken, SpeculativeDecoderOnlyOutput
-from .tree import DraftTree, concatenate, merge
+from .trees.shapes import ChainTree, DynamicTree, FixedTree, TreeShape
+from .trees.tree import DraftTree, concatenate, merge
 from .version import __version__
 
 __all__ = [

@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .costs import learnt_costs
-from .drafting import DrafterSession
-from .modeling_eagle import EagleDrafter
-from .shapes import TreeShape
-from .stacking import groups_of
+from .drafters.modeling_eagle import EagleDrafter
+from .drafters.session import DrafterSession
+from .drafters.stacking import groups_of
+from .measuring import learnt_costs
 from .strategies import Choice, CycleOutcome, GenerationContext, Strategy
 from .strategies.checks import check_asked, check_choice
-from .tree import DraftTree, move
+from .trees.shapes import TreeShape
+from .trees.tree import DraftTree, move
 
 
 class TreeCandidateGenerator(CandidateGenerator):

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .averaging import average_drafters
 from .checks import loading
 from .command import Parser, run_command
+from .drafters.averaging import average_drafters
+from .drafters.modeling_eagle import EagleDrafter
 from .evaluation.commands import add_evaluate
 from .files import ResultFolder
-from .modeling_eagle import EagleDrafter
 from .push import add_push
 from .training.commands import add_regenerate, add_train
 

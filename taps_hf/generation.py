@@ -22,8 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache import CACHE
 from .candidate_generator import TreeCandidateGenerator
-from .modeling_eagle import EagleDrafter
-from .shapes import DynamicTree, TreeShape
+from .drafters.modeling_eagle import EagleDrafter
 from .strategies import CycleOutcome, Strategy, get_strategy
 from .target import TargetSession
 from .trace import (
@@ -33,6 +32,7 @@ from .trace import (
     Stopwatch,
     trace_cycle,
 )
+from .trees.shapes import DynamicTree, TreeShape
 from .validation import (
     check_call,
     check_drafter,

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HTTPError  # of the HTTP library that hugging
 from huggingface_hub.utils import validate_repo_id
 
 from .checks import parse_json
-from .configuration_eagle import EagleDrafterConfig
+from .drafters.configuration_eagle import EagleDrafterConfig
 from .embedded import EMBEDDED_DRAFTERS
 from .files import ResultFolder
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import CACHE, GrowingSlidingWindowLayer, InPlaceCache
-from .tree import DraftTree
+from .trees.tree import DraftTree
 
 
 class _Recorder(nn.Module):

@@ -15,7 +15,7 @@ from itertools import zip_longest
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .tree import DraftTree
+from .trees.tree import DraftTree
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.generation import GenerationMode
 
 from .cache import CACHE, check_cache
-from .configuration_eagle import tokenizer_fingerprint
-from .modeling_eagle import EagleDrafter
-from .shapes import TreeShape
+from .drafters.configuration_eagle import tokenizer_fingerprint
+from .drafters.modeling_eagle import EagleDrafter
 from .strategies import Strategy
 from .target import check_forward, masks_windows
+from .trees.shapes import TreeShape
 from .verification import VERIFIERS
 
 # What generate() hands to a decoding method and a text-only target's forward takes.

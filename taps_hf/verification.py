@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from .tree import DraftTree
+from .trees.tree import DraftTree
 
 
 class Verifier(ABC):

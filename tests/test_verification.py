@@ -131,7 +131,7 @@ def test_rejection_accepts_what_the_drafter_is_sure_of():
             depths=torch.tensor([0, 1]),
             confidence=torch.ones(1, 2),
             path_confidence=torch.ones(1, 2),
-            proposals=taps_hf.tree.SampledProposals(
+            proposals=taps_hf.trees.tree.SampledProposals(
                 torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), q
             ),
         )

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ..embedded import EMBEDDED_TARGET
-from ..training.target import EMBEDDED
+from ..loading import EMBEDDED
 from . import rendering
 from .answer import Answer
 from .charts import CHARTS

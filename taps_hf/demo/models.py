@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..drafters.modeling_eagle import EagleDrafter
 from ..embedded import EMBEDDED_TARGET
 from ..generation import SpeculativeDecoding
-from ..modeling_eagle import EagleDrafter
-from ..training.target import EMBEDDED, load_target
+from ..loading import EMBEDDED, load_target
 
 _LOADING = threading.Lock()
 

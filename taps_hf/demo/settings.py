@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..shapes import DynamicTree
 from ..strategies import get_strategy, list_strategies
+from ..trees.shapes import DynamicTree
 from .models import Models, ModelSpec, load_models
 
 

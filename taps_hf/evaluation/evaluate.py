@@ -14,7 +14,6 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..averaging import average_drafters
 from ..checks import (
     COUNT,
     FINITE,
@@ -26,11 +25,12 @@ from ..checks import (
     loading,
     set_threads,
 )
+from ..drafters.averaging import average_drafters
+from ..drafters.modeling_eagle import EagleDrafter
 from ..files import check_begun, hold, read_json, write_json, write_text
-from ..modeling_eagle import EagleDrafter
-from ..shapes import DynamicTree
+from ..loading import check_target, load_target
 from ..strategies import Single
-from ..training.target import check_target, load_target
+from ..trees.shapes import DynamicTree
 from ..validation import check_drafter, check_tokenizer
 from ..version import __version__
 from . import figures, tables

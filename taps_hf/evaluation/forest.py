@@ -14,11 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from ..drafting import DrafterSession
-from ..growth import assemble, grow_dynamic
-from ..modeling_eagle import EagleDrafter
-from ..shapes import DynamicTree
-from ..tree import DraftTree
+from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.session import DrafterSession
+from ..trees.growth import assemble, grow_dynamic
+from ..trees.shapes import DynamicTree
+from ..trees.tree import DraftTree
 from .records import Record
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle import EagleDrafter
 from ..trace import first_difference
 from .measurements import Cycles
 from .records import Record, RecordOptions, generate_seeded, seed_of

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..files import cut_off, starts_like
-from ..tree import DraftTree
+from ..trees.tree import DraftTree
 
 
 @dataclass(frozen=True)

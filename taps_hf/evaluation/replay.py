@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedModel
 
-from ..drafting import DrafterSession
-from ..modeling_eagle import EagleDrafter
-from ..shapes import DynamicTree, TreeShape
+from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.session import DrafterSession
 from ..strategies import CycleOutcome
-from ..tree import DraftTree
+from ..trees.shapes import DynamicTree, TreeShape
+from ..trees.tree import DraftTree
 from .forest import Forest, Spot
 from .measurements import CycleRecorder, Cycles
 from .records import Record

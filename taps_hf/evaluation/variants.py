@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..shapes import DynamicTree, TreeShape
 from ..strategies import Confidence, Entropy, Merged, Single, Strategy
+from ..trees.shapes import DynamicTree, TreeShape
 
 
 @dataclass(frozen=True)

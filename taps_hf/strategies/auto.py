@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from ..calibration import Calibration
-from ..costs import Costs, LearntCosts
-from ..tree import DraftTree, merge
+from ..trees.tree import DraftTree, merge
 from .base import Choice, CycleOutcome, GenerationContext, Strategy, register_strategy
+from .calibration import Calibration
+from .costs import Costs, LearntCosts
 
 _TILE = 16  # rows; the cost of a pass may rise in steps of so many
 

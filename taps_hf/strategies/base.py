@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 
-from ..growth import GoOn
-from ..tree import DraftTree
+from ..trees.growth import GoOn
+from ..trees.tree import DraftTree
 
 if TYPE_CHECKING:
-    from ..costs import LearntCosts
+    from .costs import LearntCosts
 
 
 @dataclass(frozen=True)

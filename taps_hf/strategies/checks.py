@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..tree import DraftTree, SampledProposals
+from ..trees.tree import DraftTree, SampledProposals
 from .base import Choice, Strategy
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..tree import DraftTree, concatenate, merge
+from ..trees.tree import DraftTree, concatenate, merge
 from .base import Choice, CycleOutcome, Strategy, register_strategy
 
 

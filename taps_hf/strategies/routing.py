@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ..tree import DraftTree
+from ..trees.tree import DraftTree
 from .base import Choice, CycleOutcome, Strategy, register_strategy
 
 TIE = 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..tree import DraftTree
+from ..trees.tree import DraftTree
 from .base import Choice, CycleOutcome, Strategy, register_strategy
 
 

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
-from ..modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle import EagleDrafter
 from .conversations import DataSource
 from .options import TrainOptions
 

@@ -9,11 +9,11 @@ import torch
 
 from ..checks import check_device, set_threads
 from ..embedded import EMBEDDED_TARGET
+from ..loading import EMBEDDED, check_target, load_target
 from .conversations import DataSource
 from .features import FeatureStore
 from .options import TrainOptions, add_options, train_options
 from .regenerate import RegenerateOptions, check_answers, regenerate
-from .target import EMBEDDED, check_target, load_target
 
 
 def add_regenerate(commands: argparse._SubParsersAction) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from ..modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle import EagleDrafter
 from .encoding import Example
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from ..checks import COUNT, NOT_NEGATIVE, check_numbers
-from ..modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle import EagleDrafter
 from .features import features_of
 
 IGNORED = -100  # label of a token that no drafter is asked to foresee

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle import EagleDrafter
 from .encoding import Example
 
 _SLOTS = 100_000  # that the projection is fitted to, at most

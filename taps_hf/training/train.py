@@ -15,9 +15,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..checks import loading, set_threads
-from ..configuration_eagle import tokenizer_fingerprint
+from ..drafters.configuration_eagle import tokenizer_fingerprint
+from ..drafters.modeling_eagle import EagleDrafter
 from ..files import ResultFolder, check_begun, hold, read_json, write_json
-from ..modeling_eagle import EagleDrafter
+from ..loading import check_target, load_target
 from ..validation import check_drafter, check_tokenizer
 from .card import model_card, provenance
 from .conversations import DataReport, DataSource, SourceRow, digest_of, read_mixture
@@ -29,7 +30,6 @@ from .objectives import DraftObjective, FrozenTarget
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
 from .start import balance_inputs, check_can_be_fitted, fit_projection
-from .target import check_target, load_target
 from .trainer import DrafterTrainer, ExampleDataset, coverage, frequent_tokens
 
 _OPTIONS = "options.json"  # in the folder of the checkpoints

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from taps_hf import EagleDrafter
-from taps_hf.drafting import DrafterSession
+from taps_hf.drafters.session import DrafterSession
 from taps_hf.training.features import features_of
 from taps_hf.training.objectives import (
     IGNORED,

@@ -24,7 +24,7 @@ from taps_hf import (
 from taps_hf.strategies import base, get_strategy
 from taps_hf.strategies.routing import TIE
 
-from .tiny import prompt, tiny_drafters, tiny_target
+from ..tiny import prompt, tiny_drafters, tiny_target
 
 
 @pytest.fixture

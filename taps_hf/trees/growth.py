@@ -8,11 +8,27 @@ from typing import Protocol
 
 import torch
 
-from .drafting import Expansion
 from .tree import DraftTree, SampledProposals
 
 GoOn = Callable[[int, torch.Tensor], bool]
 """Asked after each level: its depth and the log V of the nodes that would be expanded, (B, n)."""
+
+
+@dataclass
+class Expansion:
+    """Children proposed for F nodes in each of B trees, k each.
+
+    Args:
+        tokens: (B, F, k) int64.
+        log_confidence: (B, F, k) float32: log c of each child, at most 0.
+        entropy: (B, F) float32, nats, of the distribution they come from; None if not asked.
+        probabilities: (B, F, vocabulary) float32: that distribution, for sampled children only.
+    """
+
+    tokens: torch.Tensor
+    log_confidence: torch.Tensor
+    entropy: torch.Tensor | None
+    probabilities: torch.Tensor | None
 
 
 class Drafting(Protocol):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from taps_hf import DynamicTree, EagleDrafter
-from taps_hf.drafting import DrafterSession, topk_by_blocks
+from taps_hf.drafters.session import DrafterSession, topk_by_blocks
 
-from .tiny import prompt, tiny_drafters, tiny_target
+from ..tiny import prompt, tiny_drafters, tiny_target
 
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
 

@@ -6,9 +6,9 @@ from transformers import AutoConfig
 
 from benchmarks.families import outcome, tiny_config
 from taps_hf import EagleDrafterConfig
-from taps_hf.layers import build_config, build_trunk, layer_config
+from taps_hf.drafters.layers import build_config, build_trunk, layer_config
 
-from .tiny import needs_family
+from ..tiny import needs_family
 
 # Families of mixtures of experts, and whose dense layer their drafters have.
 EXPERTS = {

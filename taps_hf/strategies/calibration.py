@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .tree import DraftTree
+from ..trees.tree import DraftTree
 
 _EDGES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)  # of confidence, between bins
 _PRIOR = 4.0  # acceptances' worth of belief that the confidence is right

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache import InPlaceCache
+from ..cache import InPlaceCache
+from ..trees.growth import Expansion
 from .modeling_eagle import EagleDrafter
 from .stacking import DraftHead, kept_head, kept_stack
 
@@ -33,23 +34,6 @@ def topk_by_blocks(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     few = apart.gather(-2, best[..., None].expand(*best.shape, _BLOCK)).flatten(-2)
     top, where = few.topk(k, dim=-1)
     return top, best.gather(-1, where // _BLOCK) * _BLOCK + where % _BLOCK
-
-
-@dataclass
-class Expansion:
-    """Children proposed for F nodes in each of B trees, k each.
-
-    Args:
-        tokens: (B, F, k) int64.
-        log_confidence: (B, F, k) float32: log c of each child, at most 0.
-        entropy: (B, F) float32, nats, of the distribution they come from; None if not asked.
-        probabilities: (B, F, vocabulary) float32: that distribution, for sampled children only.
-    """
-
-    tokens: torch.Tensor
-    log_confidence: torch.Tensor
-    entropy: torch.Tensor | None
-    probabilities: torch.Tensor | None
 
 
 class DrafterSession:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from taps_hf import DraftTree
-from taps_hf.calibration import Calibration
+from taps_hf.strategies.calibration import Calibration
 
 
 def tree(confidence: list[list[float]], parents: list[int], depths: list[int]) -> DraftTree:

@@ -18,7 +18,7 @@ from taps_hf import (
 )
 from taps_hf.strategies.auto import _Look
 
-from .tiny import prompt, tiny_drafters, tiny_target
+from ..tiny import prompt, tiny_drafters, tiny_target
 
 NAN = float("nan")
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, T5Config
 
 from taps_hf import EagleDrafterConfig, tokenizer_fingerprint
 
-from .tiny import FAMILIES, VOCAB, tiny_target
+from ..tiny import FAMILIES, VOCAB, tiny_target
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ from transformers import AutoModel, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from taps_hf import EagleDrafter
 
-from .tiny import FAMILIES, VOCAB, tiny_drafters, tiny_target
+from ..tiny import FAMILIES, VOCAB, tiny_drafters, tiny_target
 
 
 def inputs(length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from .drafting import DrafterSession
+from ..drafters.session import DrafterSession
 from .growth import GoOn, assemble, grow_dynamic, grow_fixed
 from .tree import DraftTree
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taps_hf import DraftTree, concatenate, merge
-from taps_hf.tree import SampledProposals, move
+from taps_hf.trees.tree import SampledProposals, move
 
 quick = settings(deadline=None, max_examples=50)
 

@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from taps_hf import EagleDrafter
 
-from .tiny import VOCAB, tiny_drafters
+from ..tiny import VOCAB, tiny_drafters
 
 REFUSALS = (ValueError, OSError, SafetensorError)
 

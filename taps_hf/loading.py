@@ -12,9 +12,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .. import validation
-from ..checks import check_device, loading
-from ..embedded import load_embedded_target, load_embedded_tokenizer
+from . import validation
+from .checks import check_device, loading
+from .embedded import load_embedded_target, load_embedded_tokenizer
 
 EMBEDDED = "embedded"
 

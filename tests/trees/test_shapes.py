@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from taps_hf import ChainTree, DynamicTree, FixedTree, TreeShape
-from taps_hf.drafting import DrafterSession
+from taps_hf.drafters.session import DrafterSession
 
-from .tiny import VOCAB, prompt, tiny_drafters, tiny_target
+from ..tiny import VOCAB, prompt, tiny_drafters, tiny_target
 
 Path = tuple[int, ...]
 

@@ -5,7 +5,7 @@ import torch
 
 from taps_hf import EagleDrafter, average_drafters
 
-from .tiny import tiny_drafters, tiny_target
+from ..tiny import tiny_drafters, tiny_target
 
 
 def drafter(seed: int = 0, dtype: torch.dtype = torch.float32, ids=None, **config) -> EagleDrafter:

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from taps_hf import Auto, Costs, DraftCost, DynamicTree, measure_costs
-from taps_hf import costs as module
-from taps_hf.costs import _WIDTHS, LearntCosts, _ascending, _widths, learnt_costs
+from taps_hf import measuring as module
+from taps_hf.measuring import _WIDTHS, _widths, learnt_costs
+from taps_hf.strategies.costs import LearntCosts, ascending
 
-from .tiny import prompt, tiny_drafters, tiny_target
+from ..tiny import prompt, tiny_drafters, tiny_target
 
 TREE = DynamicTree(depth=4, top_k=3, num_nodes=20)
 
@@ -69,7 +70,7 @@ def test_where_passes_are_long_few_widths_are_measured(monkeypatch, seconds, exp
 
 def test_no_pass_takes_longer_than_a_wider_one():
     points = [(1, 2.0), (16, 4.0), (8, 3.0), (17, 2.5)]
-    assert _ascending(points) == ((1, 2.0), (8, 2.5), (16, 2.5), (17, 2.5))
+    assert ascending(points) == ((1, 2.0), (8, 2.5), (16, 2.5), (17, 2.5))
 
 
 MEASURED = Costs(

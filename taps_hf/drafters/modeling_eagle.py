@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache import CACHE
+from ..cache import CACHE
 from .checkpoints import check_shapes, read_config, safetensors_files
 from .configuration_eagle import EagleDrafterConfig
 from .layers import build_trunk

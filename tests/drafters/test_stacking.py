@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.families import tiny_model
 from taps_hf import ChainTree, DynamicTree, EagleDrafter
-from taps_hf.drafting import DrafterSession
-from taps_hf.stacking import groups_of, kept_stack, stack, stacking_key
+from taps_hf.drafters.session import DrafterSession
+from taps_hf.drafters.stacking import groups_of, kept_stack, stack, stacking_key
 
-from .tiny import needs_family, prompt, tiny_drafters, tiny_target
+from ..tiny import needs_family, prompt, tiny_drafters, tiny_target
 
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
 
@@ -128,14 +128,14 @@ def test_changes_in_place_are_noticed(how, made_in_inference_mode):
 
 
 def kept() -> int:
-    from taps_hf import stacking
+    from taps_hf.drafters import stacking
 
     return len(stacking._kept)
 
 
 @pytest.fixture
 def _nothing_kept():
-    from taps_hf import stacking
+    from taps_hf.drafters import stacking
 
     stacking._kept.clear()
 
@@ -156,7 +156,7 @@ def test_a_stack_lives_no_longer_than_any_of_its_drafters(draft_vocab):
 @pytest.mark.usefixtures("_nothing_kept")
 def test_no_more_than_some_stacks_are_kept():
     """Of drafters that live on, in ever other combinations."""
-    from taps_hf import stacking
+    from taps_hf.drafters import stacking
 
     one, *others = [copy.deepcopy(tiny_drafters(1)[0]) for _ in range(stacking._MOST_KEPT + 3)]
     stacks = [kept_stack([one, other]) for other in others]
@@ -204,7 +204,7 @@ def test_hooks_keep_drafters_apart():
 
 
 def test_a_stack_that_computes_something_else_is_not_used(monkeypatch):
-    from taps_hf import stacking
+    from taps_hf.drafters import stacking
 
     drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
     monkeypatch.setattr(stacking, "stack", lambda drafters: stack(drafters[::-1]))

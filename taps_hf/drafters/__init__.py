@@ -1,0 +1,1 @@
+"""What proposes: the protocol of a drafter, and the kinds there are."""

@@ -1,0 +1,179 @@
+"""Measuring, once on each machine, what a pass of the target and a level of drafting cost there."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from typing import TypeVar
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from .cache import CACHE
+from .drafters.modeling_eagle import EagleDrafter
+from .drafters.session import DrafterSession
+from .drafters.stacking import groups_of, stacking_key
+from .strategies.costs import Costs, DraftCost, LearntCosts, ascending
+from .target import TargetSession
+from .trees.shapes import TreeShape
+from .trees.tree import DraftTree, move
+
+# Rows of a pass, the most telling first: matrix units work in tiles of 16 rows, so there are steps.
+_WIDTHS = (1, 16, 17, 32, 33, 8, 64, 48, 49, 4, 65, 96, 2, 12, 24, 128)
+_PAST = 64  # tokens before the root while measuring, unless the target takes fewer
+_SECONDS = 1.6  # in all; one pass of each kind is made even if that takes longer
+_ROUNDS = 3  # that widths are chosen for
+
+_Key = TypeVar("_Key")
+
+_measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, LearntCosts]]
+_measured = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def measure_costs(
+    target: PreTrainedModel,
+    drafters: Sequence[EagleDrafter],
+    tree: TreeShape,
+    refresh: bool = False,
+) -> Costs:
+    """Time passes and drafts, in under two seconds on models whose passes are short.
+
+    What was found is kept for as long as the target lives, by shapes, dtypes, devices and number of
+    threads. Only speed depends on it, never what is generated.
+
+    Args:
+        target: the model to be accelerated.
+        drafters: in the order in which `generate` gets them.
+        tree: the largest tree that will be grown.
+        refresh: measure anew, and forget what generations have taught.
+    """
+    return learnt_costs(target, drafters, tree, refresh).measured
+
+
+def learnt_costs(
+    target: PreTrainedModel,
+    drafters: Sequence[EagleDrafter],
+    tree: TreeShape,
+    refresh: bool = False,
+) -> LearntCosts:
+    """What [`measure_costs`] measures, once, and what generations with `auto` learn thereafter."""
+    key = (
+        tuple(map(stacking_key, drafters)),
+        tree,
+        target.dtype,
+        target.device,
+        torch.get_num_threads(),
+    )
+    with _lock:
+        kept = _measured.setdefault(target, {})
+        if refresh or key not in kept:
+            kept[key] = LearntCosts(_measure(target, drafters, tree))
+        return kept[key]
+
+
+@torch.no_grad()
+def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: TreeShape) -> Costs:
+    device = target.get_input_embeddings().weight.device
+    vocabulary = target.get_input_embeddings().weight.shape[0]
+    config = target.config.get_text_config(decoder=True)
+    # Well within the target's positions: beyond them some keep other rotary frequencies for good.
+    past = min(_PAST, (getattr(config, "max_position_embeddings", None) or 2 * _PAST) // 2)
+    # Any tokens do: what a pass costs does not depend on them.
+    ids = (torch.arange(past + 1, device=device) % vocabulary)[None]
+    cache = DynamicCache(config=config)
+    session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache})
+    tokens, features = session.prefill()
+    groups = groups_of(drafters)
+
+    passes = {
+        ("target", width): _target_run(session, ids[0, -1:], width)
+        for width in _widths(session, ids[0, -1:], tree.num_nodes * len(drafters) + 1)
+    }
+    drafts: dict[tuple, Callable[[], None]] = {}
+    for number, group in enumerate(groups):
+        for asked in {group[:1], group}:
+            for depth in (1, 3):
+                drafting = DrafterSession(
+                    [drafters[i] for i in group], target, group, len(drafters)
+                )
+                drafting.observe(tokens, features)
+                drafting.ask(asked)
+                drafts["draft", number, len(asked), depth] = _draft_run(
+                    drafting, tree, depth, tokens[-3:], features[-3:]
+                )
+    # By turns, as in a generation: a pass leaves little of the drafters' weights in a CPU's caches.
+    turns = zip_longest(passes.items(), drafts.items())
+    best = _time(dict(run for turn in turns for run in turn if run is not None), device)
+    session.release()
+
+    def draft_cost(number: int, asked: int) -> DraftCost:
+        first, third = (best["draft", number, asked, depth] for depth in (1, 3))
+        return DraftCost(first, max(third - first, 0.0) / 2)
+
+    return Costs(
+        ascending([(key[1], seconds) for key, seconds in best.items() if key[0] == "target"]),
+        tuple(groups),
+        tuple(draft_cost(number, 1) for number in range(len(groups))),
+        tuple(draft_cost(number, len(group)) for number, group in enumerate(groups)),
+    )
+
+
+def _widths(session: TargetSession, token: torch.Tensor, most: int) -> list[int]:
+    """The widths to measure up to `most`, ascending: fewer where a pass is long."""
+    run = _target_run(session, token, 1)
+    run()  # the first takes longer
+    (seconds,) = _time({"one": run}, session.device, seconds=0.0).values()
+    affordable = max(int(_SECONDS / (1.5 * _ROUNDS * seconds)), 3)  # wider passes take longer
+    wanted = dict.fromkeys((1, most, *(width for width in _WIDTHS if width < most)))
+    return sorted(list(wanted)[:affordable])
+
+
+def _target_run(session: TargetSession, token: torch.Tensor, width: int) -> Callable[[], None]:
+    tree = DraftTree.star(token.cpu(), width - 1)
+
+    def run() -> None:
+        session.verify(tree)
+        session.keep([])
+
+    return run
+
+
+def _draft_run(
+    session: DrafterSession,
+    tree: TreeShape,
+    depth: int,
+    tokens: torch.Tensor,
+    features: torch.Tensor,
+) -> Callable[[], None]:
+    root = tokens[-1:].to(session.device)
+
+    def run() -> None:
+        session.observe(tokens, features)
+        move(tree.grow(session, root, depth), torch.device("cpu"))
+
+    return run
+
+
+def _time(
+    runs: Mapping[_Key, Callable[[], None]], device: torch.device, seconds: float = _SECONDS
+) -> dict[_Key, float]:
+    """The shortest time of each, in as many rounds as fit: others on the machine only add to it."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    best: dict[_Key, float] = {}
+    began, rounds = now(), 0
+    while not rounds or (now() - began) * (1 + 1 / rounds) < seconds:
+        for key, run in runs.items():
+            start = now()
+            run()
+            best[key] = min(best.get(key, float("inf")), now() - start)
+        rounds += 1
+    return best
