@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import taps_hf
 from taps_hf import EagleDrafter
-from taps_hf.drafters.stacking import groups_of
+from taps_hf.drafters.ensemble import groups_of
 
 VOCAB = 32
 _MOST_PARAMETERS = 80_000_000

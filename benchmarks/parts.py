@@ -13,7 +13,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from decode import DRAFTERS, hardware, load_drafters, load_target
@@ -21,6 +21,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from taps_hf import (
     Auto,
+    ChainTree,
     Costs,
     DraftCost,
     DraftTree,
@@ -31,11 +32,11 @@ from taps_hf import (
 )
 from taps_hf.cache import CACHE
 from taps_hf.checks import check_device, set_threads
-from taps_hf.drafters.session import DrafterSession, topk_by_blocks
-from taps_hf.drafters.stacking import groups_of
+from taps_hf.drafters.base import DraftRequest
+from taps_hf.drafters.ensemble import Ensemble
+from taps_hf.drafters.heads import topk_by_blocks
 from taps_hf.strategies.costs import LearntCosts
 from taps_hf.target import TargetSession
-from taps_hf.trees.tree import move
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -54,7 +55,8 @@ class Drafting:
         groups: drafters that run as one; groups run one after the other.
         target: whose features they read.
         tree: what is grown.
-        tokens: (n,) int64 and features (n, hidden): the context.
+        tokens: (n,) int64: the context.
+        states: by layer, what the target computed before them.
     """
 
     def __init__(
@@ -63,24 +65,20 @@ class Drafting:
         target: PreTrainedModel,
         tree: DynamicTree,
         tokens: torch.Tensor,
-        features: torch.Tensor,
+        states: Mapping[int, torch.Tensor],
     ) -> None:
-        count = sum(map(len, groups))
-        self.tree, self.new = tree, (tokens[-3:], features[-3:])
-        self.sessions, first = [], 0
-        for group in groups:
-            indices = range(first, first + len(group))
-            self.sessions.append(DrafterSession(group, target, indices, count))
-            self.sessions[-1].observe(tokens, features)
-            first += len(group)
+        self._new = (tokens[-3:], {layer: x[-3:] for layer, x in states.items()})
+        self._request = DraftRequest(tokens[-1:], tree, tree.depth)
+        self._ensembles = [Ensemble(group, target) for group in groups]
+        for ensemble in self._ensembles:
+            ensemble.observe(tokens, states)
 
     def __call__(self) -> list[DraftTree]:
-        trees = []
-        for session in self.sessions:
-            session.observe(*self.new)
-            root = self.new[0][-1:].to(session.device)
-            grown = self.tree.grow(session, root, self.tree.depth)
-            trees += move(grown, torch.device("cpu"))
+        trees: list[DraftTree] = []
+        for ensemble in self._ensembles:
+            ensemble.observe(*self._new)
+            everyone = range(len(ensemble.drafters))
+            trees += ensemble.propose(everyone, self._request).values()
         return trees
 
 
@@ -143,10 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run
 
     def observe_prompt() -> None:
-        for group in groups_of(drafters):
-            drafting = DrafterSession([drafters[i] for i in group], target, group, len(drafters))
-            drafting.observe(*context)
-            drafting.begin()
+        ensemble = Ensemble(drafters, target)
+        ensemble.observe(*context)
+        ensemble.propose(range(len(drafters)), DraftRequest(ids[0, -1:], ChainTree(1), 1))
 
     parts: dict[str, Callable[[], object]] = {
         f"target, {width} row{'s' * (width > 1)}": verify(width) for width in WIDTHS
@@ -175,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
         def compose() -> None:
-            strategy.drafters_to_run(len(drafters), [])
-            strategy.compose(dict(enumerate(trees)), [])
+            strategy.ask(tuple(range(len(drafters))))
+            strategy.compose(dict(enumerate(trees)))
 
         parts["merge, calibrate and choose (auto)"] = compose
     found = timed(parts, options.rounds, target.device)

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 
 from _common import answer_tokens, argument_parser, encode, load_drafters, load_target, prompts
 
-from taps_hf import Choice, CycleOutcome, DraftTree, Strategy, merge, register_strategy
+from taps_hf import (
+    Choice,
+    CycleOutcome,
+    DraftTree,
+    GenerationContext,
+    Strategy,
+    merge,
+    register_strategy,
+)
 
 
 @register_strategy("stay")
@@ -26,16 +34,26 @@ class Stay(Strategy):
     Drafters that sit out are not run, so this drafts less than "merged" does.
     """
 
-    def drafters_to_run(
-        self, num_drafters: int, history: Sequence[CycleOutcome]
-    ) -> tuple[int, ...]:
-        votes = Counter(drafter for by in history[-1].accepted for drafter in by) if history else {}
-        if not votes:
-            return tuple(range(num_drafters))
-        return (max(sorted(votes), key=votes.__getitem__),)
+    def begin(self, context: GenerationContext) -> Strategy:
+        return Staying()
 
-    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
         return Choice(merge(list(trees.values())), tuple(trees))
+
+
+class Staying(Stay):
+    """[`Stay`] in one generation: what it remembers, the settings do not."""
+
+    def __init__(self) -> None:
+        self._votes: Counter[int] = Counter()
+
+    def ask(self, everyone: tuple[int, ...]) -> tuple[int, ...]:
+        if not self._votes:
+            return everyone
+        return (max(sorted(self._votes), key=self._votes.__getitem__),)
+
+    def observe(self, outcome: CycleOutcome) -> None:
+        self._votes = Counter(drafter for by in outcome.accepted for drafter in by)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ Importing this package teaches `generate` the argument `assistant_models` (undo:
 
 from .candidate_generator import TreeCandidateGenerator
 from .drafters.averaging import average_drafters
+from .drafters.base import Drafter, DrafterSession, DraftRequest
 from .drafters.configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
 from .drafters.modeling_eagle import EagleDrafter
 from .extension import disable, enable, is_enabled
@@ -45,8 +46,11 @@ __all__ = [
     "CycleOutcome",
     "CycleTrace",
     "DraftCost",
+    "DraftRequest",
     "DraftTrace",
     "DraftTree",
+    "Drafter",
+    "DrafterSession",
     "DynamicTree",
     "EagleDrafter",
     "EagleDrafterConfig",

@@ -243,6 +243,16 @@ class InPlaceCache:
         for layer, stored in zip(self.cache.layers, past):
             layer.keep(stored, index, count)
 
+    def crop(self, length: int) -> bool:
+        """Keep the first `length` tokens, if no layer has let go of what it would need again."""
+        for layer in self.cache.layers:
+            windowed = isinstance(layer, GrowingSlidingWindowLayer) and layer.is_initialized
+            if windowed and layer.keys.shape[-2] < layer.cumulative_length:
+                return False
+        for layer in self.cache.layers:
+            layer.keep(length, None, 0)
+        return True
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep those rows of the batch; int64 of shape (rows,)."""
         for layer in self.cache.layers:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .drafters.modeling_eagle import EagleDrafter
-from .drafters.session import DrafterSession
-from .drafters.stacking import groups_of
+from .drafters.base import Drafter, DraftRequest
+from .drafters.ensemble import Ensemble, ensemble_for, lay_by
 from .measuring import learnt_costs
 from .strategies import Choice, CycleOutcome, GenerationContext, Strategy
 from .strategies.checks import check_asked, check_choice
+from .strategies.costs import LearntCosts
+from .target import LAST
 from .trees.shapes import TreeShape
-from .trees.tree import DraftTree, move
+from .trees.tree import DraftTree
 
 
 class TreeCandidateGenerator(CandidateGenerator):
     """Proposes draft trees for one generation.
 
-    The decoding loop of this package calls [`observe`], [`propose`] and [`record`]. The same object
-    also works in transformers' own assisted generation, which verifies single sequences:
-    [`get_candidates`] then returns the tree's most confident path.
+    The decoding loop of this package calls [`read_prompt`], and in every cycle [`propose`],
+    [`observe`] and [`record`]. The same object also works in transformers' own assisted generation,
+    which verifies single sequences: [`get_candidates`] then returns the tree's most confident path.
 
     Args:
         target: the model to be accelerated.
@@ -33,8 +34,11 @@ class TreeCandidateGenerator(CandidateGenerator):
         strategy: how their trees are composed.
         tree: the shape of each drafter's tree.
         max_length: no candidate may lie beyond this many tokens (for `get_candidates`).
-        sample_temperature: None for deterministic trees; see [`DrafterSession`].
+        sample_temperature: None for deterministic trees; see [`DraftRequest`].
         with_entropy: whether trees carry draft entropies even if the strategy needs none.
+        cache: the target's. Drafters that drafted when it was filled go on with what they know.
+        costs: what the strategy is given as the costs here; by default they are measured when it
+            asks.
     """
 
     requires_model_outputs = True
@@ -43,54 +47,50 @@ class TreeCandidateGenerator(CandidateGenerator):
     def __init__(
         self,
         target: PreTrainedModel,
-        drafters: Sequence[EagleDrafter],
+        drafters: Sequence[Drafter],
         strategy: Strategy,
         tree: TreeShape,
         max_length: int | None = None,
         sample_temperature: float | None = None,
         with_entropy: bool = False,
+        cache: Cache | None = None,
+        costs: Callable[[], LearntCosts] | None = None,
     ) -> None:
         self.shape = tree
         self.max_length = max_length
-        self.history: list[CycleOutcome] = []
-        self._num_drafters = len(drafters)
+        self._everyone = tuple(range(len(drafters)))
         self._vocab_size = target.config.get_text_config(decoder=True).vocab_size
-        self._sampled = sample_temperature is not None
-        self.strategy = strategy.begin(
-            GenerationContext(
-                len(drafters), target.device, lambda: learnt_costs(target, drafters, tree)
-            )
-        )
+        self._sample_temperature = sample_temperature
+        self._with_entropy = with_entropy or strategy.needs_entropy
+        measure = costs or (lambda: learnt_costs(target, drafters, tree))
+        context = GenerationContext(len(drafters), target.device, measure)
+        self.strategy = strategy.begin(context)
         if not isinstance(self.strategy, Strategy):
             raise ValueError(
                 f"{type(strategy).__name__}.begin returned a {type(self.strategy).__name__}, "
                 "expected a taps_hf.Strategy."
             )
-        self._sessions = [
-            DrafterSession(
-                [drafters[index] for index in group],
-                target,
-                group,
-                len(drafters),
-                sample_temperature,
-                with_entropy or strategy.needs_entropy,
-            )
-            for group in groups_of(drafters)  # drafters of one shape run as one
-        ]
+        self._cache = cache
+        if cache is None:
+            self._ensemble = Ensemble(drafters, target)
+        else:
+            self._ensemble = ensemble_for(drafters, target, cache)
         self._observed = 0
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor) -> None:
-        """Tell the drafters what the target has computed.
+    def read_prompt(
+        self, earlier: torch.Tensor, tokens: torch.Tensor, states: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Tell the drafters what the generation begins with; see [`Ensemble.read_prompt`]."""
+        self._ensemble.read_prompt(earlier, tokens, states)
+
+    def observe(self, tokens: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
+        """Tell the drafters what was emitted.
 
         Args:
-            tokens: (n,) int64: the tokens that follow the positions of `features`.
-            features: (n, hidden): the target's last hidden states.
+            tokens: (n,) int64.
+            states: by layer, (n, hidden): what the target computed at the positions before them.
         """
-        if len(tokens) == 0:
-            return
-        self._observed += len(tokens)
-        for session in self._sessions:
-            session.observe(tokens, features)
+        self._ensemble.observe(tokens, states)
 
     def propose(self, root: torch.Tensor, max_depth: int) -> Choice:
         """The tree to verify in this cycle.
@@ -105,40 +105,38 @@ class TreeCandidateGenerator(CandidateGenerator):
         Raises:
             ValueError: naming the strategy, if what it decided makes no sense.
         """
-        if max_depth < 1 or not self._sessions[0].has_context:
-            return Choice(DraftTree.root(root.cpu(), self._num_drafters), ())
-        asked = check_asked(
-            self.strategy,
-            self.strategy.drafters_to_run(self._num_drafters, self.history),
-            self._num_drafters,
+        count = len(self._everyone)
+        nothing = Choice(DraftTree.root(root.cpu(), count), ())
+        if max_depth < 1:
+            return nothing
+        asked = check_asked(self.strategy, self.strategy.ask(self._everyone), count)
+        request = DraftRequest(
+            root,
+            self.shape,
+            max_depth,
+            self.strategy.go_on,
+            self._sample_temperature,
+            self._with_entropy,
         )
-        grown: dict[int, DraftTree] = {}
-        for session in self._sessions:
-            wanted = [index for index in asked if index in session.indices]
-            if wanted:
-                session.ask(wanted)
-                trees = self.shape.grow(
-                    session, root.to(session.device), max_depth, self.strategy.go_on
-                )
-                # Trees are tiny, and the walk reads them on the host: they are composed there.
-                grown |= dict(zip(session.asked, move(trees, torch.device("cpu"))))
-        trees = {index: grown[index] for index in asked}
+        trees = self._ensemble.propose(asked, request)
         if not trees:
-            return Choice(DraftTree.root(root.cpu(), self._num_drafters), ())
-        choice = self.strategy.compose(trees, self.history)
-        check_choice(
-            self.strategy, choice, int(root), self._num_drafters, self._vocab_size, self._sampled
-        )
+            return nothing
+        choice = self.strategy.compose(trees)
+        sampled = self._sample_temperature is not None
+        check_choice(self.strategy, choice, int(root), count, self._vocab_size, sampled)
         deep = choice.tree.depths > max_depth  # a strategy's own proposals: it knows no limit
         if deep.any():
             choice = replace(choice, tree=choice.tree.select((~deep).nonzero().squeeze(1)))
         return choice
 
     def record(self, outcome: CycleOutcome) -> None:
-        """Tell the strategy what became of its choice. Cycles without a draft are no history."""
+        """Tell the strategy what became of its choice."""
         self.strategy.observe(outcome)
-        if outcome.drafters:
-            self.history.append(outcome)
+
+    def lay_by(self) -> None:
+        """Keep what drafters know for a generation that goes on from the same cache."""
+        if self._cache is not None:
+            lay_by(self._ensemble, self._cache)
 
     def get_candidates(
         self,
@@ -158,13 +156,17 @@ class TreeCandidateGenerator(CandidateGenerator):
         """
         if model_outputs is None:
             return input_ids, None
-        new = input_ids.shape[1] - 1 - self._observed
-        features = model_outputs.hidden_states[-1][0]
-        # With an earlier turn's cache there are no features for what it covers.
-        missing = max(0, new - len(features))
-        self._observed += missing
-        new -= missing
-        self.observe(input_ids[0, -new:], features[:new])
+        new = input_ids[0, self._observed :]
+        # Of the last token there are none yet, of those that were not accepted nobody wants any,
+        # and of what an earlier turn's cache covers there are none.
+        known = len(new) - (self._observed == 0)
+        self._observed = input_ids.shape[1]
+        hidden = model_outputs.hidden_states
+        states = {
+            layer: hidden[-1 if layer == LAST else layer + 1][0][:known]
+            for layer in self._ensemble.layers
+        }
+        self.observe(new, states)
         room = input_ids.shape[1] if self.max_length is None else self.max_length
         tree = self.propose(input_ids[0, -1:], room - input_ids.shape[1] - 1).tree
         value = tree.path_confidence.nan_to_num(nan=-1.0).amax(dim=0).tolist()

@@ -22,16 +22,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache import CACHE
 from .candidate_generator import TreeCandidateGenerator
-from .drafters.modeling_eagle import EagleDrafter
-from .strategies import CycleOutcome, Strategy, get_strategy
+from .drafters.base import Drafter
+from .strategies import Strategy, get_strategy
 from .target import TargetSession
-from .trace import (
-    CycleTrace,
-    DraftTrace,
-    SpeculativeDecoderOnlyOutput,
-    Stopwatch,
-    trace_cycle,
-)
+from .trace import CycleTrace, Recorder, SpeculativeDecoderOnlyOutput
 from .trees.shapes import DynamicTree, TreeShape
 from .validation import (
     check_call,
@@ -41,7 +35,7 @@ from .validation import (
     check_tokenizer,
     named_drafters,
 )
-from .verification import VERIFIERS
+from .verification import VERIFIERS, Walk
 
 
 class SpeculativeDecoding:
@@ -79,7 +73,7 @@ class SpeculativeDecoding:
 
     def __init__(
         self,
-        assistant_models: EagleDrafter | Sequence[EagleDrafter] | Mapping[str, EagleDrafter],
+        assistant_models: Drafter | Sequence[Drafter] | Mapping[str, Drafter],
         strategy: str | Strategy | None = None,
         tree: TreeShape | None = None,
         verification: str = "walk",
@@ -134,120 +128,84 @@ class SpeculativeDecoding:
             # Early 5.x versions leave it to the model to make its cache.
             model_kwargs[CACHE] = DynamicCache(config=model.config.get_text_config(decoder=True))
         check_call(model, input_ids, generation_config, model_kwargs)
+        cache = model_kwargs[CACHE]
         as_dict = generation_config.return_dict_in_generate
         do_sample = bool(generation_config.do_sample)
-        verifier_class = VERIFIERS[self.verification]
         sample_temperature = None
         if self.verification == "rejection":
             sample_temperature = float(generation_config.temperature or 1.0) if do_sample else 1.0
-        scores = () if as_dict and generation_config.output_scores else None
-        raw_logits = () if as_dict and generation_config.output_logits else None
-        recording = as_dict or self.on_cycle is not None
-        trace = DraftTrace(tuple(self.drafters)) if recording else None
-
-        target = TargetSession(model, input_ids, generation_config, model_kwargs)
-        try:
-            generator = TreeCandidateGenerator(
+        recorded = as_dict or self.on_cycle is not None
+        streamer = self.streamer
+        walk = Walk(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            VERIFIERS[self.verification],
+            do_sample,
+            keep_scores=as_dict and generation_config.output_scores,
+            keep_logits=as_dict and generation_config.output_logits,
+            on_token=None if streamer is None else lambda token: streamer.put(token.cpu()),
+        )
+        layers = {layer for drafter in self.drafters.values() for layer in drafter.reads_layers}
+        with TargetSession(model, input_ids, generation_config, model_kwargs, layers) as target:
+            drafting = TreeCandidateGenerator(
                 model,
                 list(self.drafters.values()),
                 self.strategy,
                 self.tree,
                 generation_config.max_length,
                 sample_temperature,
-                with_entropy=recording and self.output_draft_trees,
+                with_entropy=recorded and self.output_draft_trees,
+                cache=cache,
             )
-            # 1. The prompt, up to its last token: the first root.
-            clock = Stopwatch(target.device)
-            generator.observe(*target.prefill())
-            if trace is not None:
-                clock.lap()
-                trace.seconds_prefill = clock.seconds()[0]
+            recorder = Recorder(
+                self.drafters, target.device, recorded, self.output_draft_trees, self.on_cycle
+            )
+            decode(target, drafting, walk, recorder, generation_config.max_length)
+        drafting.lay_by()
 
-            finished = False
-            while not finished:
-                # 2. Draft. Of a path of d nodes at most d + 1 tokens are emitted.
-                # On a GPU, reading the time makes the host wait: only if it was asked for.
-                timing = trace is not None or target.device.type == "cpu"
-                clock = Stopwatch(target.device) if timing else None
-                room = _room(model, generation_config, input_ids.shape[1], target.root_position)
-                choice = generator.propose(input_ids[0, -1:], max_depth=room - 1)
-                if clock:
-                    clock.lap()
-
-                # 3. Verify: one pass of the target over the tree.
-                logits, features = target.verify(choice.tree)
-                if clock:
-                    clock.lap()
-
-                # 4. Walk: plain generate's inner loop, once per emitted token, for as long as the
-                #    tree holds the emitted token. The last token emitted has no node to go on from.
-                tree = choice.tree
-                verifier = verifier_class(tree, do_sample)
-                nodes, walked, start = [0], [], input_ids.shape[1]
-                accepted: list[list[int]] = []  # the node (or copies of it) of each draft token
-                while nodes and not finished:
-                    walked.append(nodes[0])
-                    node_logits = logits[nodes[0]][None].to(
-                        copy=True, dtype=torch.float32, device=input_ids.device
-                    )
-                    node_scores = logits_processor(input_ids, node_logits)
-                    if scores is not None:
-                        scores += (node_scores,)
-                    if raw_logits is not None:
-                        raw_logits += (node_logits,)
-                    token, nodes = verifier.step(nodes, node_scores)
-                    accepted += [nodes] if nodes else []
-                    input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
-                    finished = bool(stopping_criteria(input_ids, scores).all())
-                    if self.streamer is not None:
-                        self.streamer.put(token.cpu())
-
-                # 5. Keep the states of every token but the last emitted, which is the new root.
-                target.keep(walked)
-                emitted = input_ids[0, start:]
-                generator.observe(emitted, features[walked])
-                origins = tuple(tree.proposers(copies) for copies in accepted)
-                seconds = tuple(clock.seconds()) if target.device.type == "cpu" else None
-                generator.record(
-                    CycleOutcome(choice.drafters, origins, tuple(emitted.tolist()), seconds)
-                )
-                if trace is not None:
-                    clock.lap()
-                    trace.cycles.append(
-                        trace_cycle(
-                            tree,
-                            choice.drafters,
-                            emitted.tolist(),
-                            accepted,
-                            tuple(clock.seconds()),
-                            self.output_draft_trees,
-                        )
-                    )
-                if self.on_cycle is not None:
-                    self.on_cycle(trace.cycles[-1])
-        finally:
-            target.release()
-
-        if self.streamer is not None:
-            self.streamer.end()
+        if streamer is not None:
+            streamer.end()
         if not as_dict:
-            return input_ids
+            return walk.input_ids
         return SpeculativeDecoderOnlyOutput(
-            sequences=input_ids,
-            scores=scores,
-            logits=raw_logits,
-            draft_trace=trace,
-            **{CACHE: model_kwargs[CACHE]},
+            sequences=walk.input_ids,
+            scores=walk.scores,
+            logits=walk.logits,
+            draft_trace=recorder.trace,
+            **{CACHE: cache},
         )
 
 
-def _room(
-    model: PreTrainedModel, generation_config: GenerationConfig, length: int, root_position: int
-) -> int:
-    """How many tokens may still be emitted before a limit that is known beforehand."""
-    room = generation_config.max_length - length
-    config = model.config.get_text_config(decoder=True)
-    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
-        # The deepest node stands at root_position + depth, and depth is at most room - 1.
-        room = min(room, positions - root_position)
-    return room
+def decode(
+    target: TargetSession,
+    drafting: TreeCandidateGenerator,
+    walk: Walk,
+    recorder: Recorder,
+    max_length: int,
+) -> None:
+    """Speculative decoding: drafters propose a tree, the target verifies it in one pass.
+
+    The target's states are always those of every token but the last emitted, the root.
+    """
+    # The prompt, up to its last token: the first root.
+    drafting.read_prompt(target.earlier_tokens, *target.prefill())
+    recorder.prefilled()
+    while not walk.is_finished:
+        # Draft. Of a path of d nodes at most d + 1 tokens are emitted.
+        recorder.start()
+        room = min(max_length - walk.input_ids.shape[1], target.room)
+        choice = drafting.propose(walk.input_ids[0, -1:], max_depth=room - 1)
+        recorder.lap()
+        # Verify: one pass of the target over the tree.
+        logits, states = target.verify(choice.tree)
+        recorder.lap()
+        # Walk: plain generate's inner loop, for as long as the tree holds the token emitted.
+        path = walk.along(choice.tree, logits)
+        # Keep the states of the tokens emitted but for the last, which is the new root.
+        target.keep(path.nodes)
+        drafting.observe(path.tokens, {layer: x[path.nodes] for layer, x in states.items()})
+        # Observe: the strategy hears what became of its choice.
+        cycle = recorder.cycle(choice.tree, choice.drafters, path)
+        drafting.record(cycle)
+        recorder.tell(cycle)

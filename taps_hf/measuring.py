@@ -13,13 +13,12 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import CACHE
-from .drafters.modeling_eagle import EagleDrafter
-from .drafters.session import DrafterSession
-from .drafters.stacking import groups_of, stacking_key
+from .drafters.base import Drafter, DraftRequest
+from .drafters.ensemble import Ensemble
 from .strategies.costs import Costs, DraftCost, LearntCosts, ascending
 from .target import TargetSession
 from .trees.shapes import TreeShape
-from .trees.tree import DraftTree, move
+from .trees.tree import DraftTree
 
 # Rows of a pass, the most telling first: matrix units work in tiles of 16 rows, so there are steps.
 _WIDTHS = (1, 16, 17, 32, 33, 8, 64, 48, 49, 4, 65, 96, 2, 12, 24, 128)
@@ -36,7 +35,7 @@ _lock = threading.Lock()
 
 def measure_costs(
     target: PreTrainedModel,
-    drafters: Sequence[EagleDrafter],
+    drafters: Sequence[Drafter],
     tree: TreeShape,
     refresh: bool = False,
 ) -> Costs:
@@ -56,14 +55,14 @@ def measure_costs(
 
 def learnt_costs(
     target: PreTrainedModel,
-    drafters: Sequence[EagleDrafter],
+    drafters: Sequence[Drafter],
     tree: TreeShape,
     refresh: bool = False,
 ) -> LearntCosts:
     """What [`measure_costs`] measures, once, and what generations with `auto` learn thereafter."""
     key = (
-        tuple(map(stacking_key, drafters)),
-        tree,
+        tuple((type(drafter), drafter.run_key()) for drafter in drafters),
+        _tree_key(tree),
         target.dtype,
         target.device,
         torch.get_num_threads(),
@@ -76,7 +75,7 @@ def learnt_costs(
 
 
 @torch.no_grad()
-def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: TreeShape) -> Costs:
+def _measure(target: PreTrainedModel, drafters: Sequence[Drafter], tree: TreeShape) -> Costs:
     device = target.get_input_embeddings().weight.device
     vocabulary = target.get_input_embeddings().weight.shape[0]
     config = target.config.get_text_config(decoder=True)
@@ -85,25 +84,22 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
     # Any tokens do: what a pass costs does not depend on them.
     ids = (torch.arange(past + 1, device=device) % vocabulary)[None]
     cache = DynamicCache(config=config)
-    session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache})
-    tokens, features = session.prefill()
-    groups = groups_of(drafters)
+    ensemble = Ensemble(drafters, target)
+    session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache}, ensemble.layers)
+    tokens, states = session.prefill()
 
     passes = {
         ("target", width): _target_run(session, ids[0, -1:], width)
         for width in _widths(session, ids[0, -1:], tree.num_nodes * len(drafters) + 1)
     }
     drafts: dict[tuple, Callable[[], None]] = {}
-    for number, group in enumerate(groups):
-        for asked in {group[:1], group}:
+    for number, group in enumerate(ensemble.groups):
+        for asked in {1, len(group)}:
             for depth in (1, 3):
-                drafting = DrafterSession(
-                    [drafters[i] for i in group], target, group, len(drafters)
-                )
-                drafting.observe(tokens, features)
-                drafting.ask(asked)
-                drafts["draft", number, len(asked), depth] = _draft_run(
-                    drafting, tree, depth, tokens[-3:], features[-3:]
+                drafting = Ensemble([drafters[i] for i in group], target)
+                drafting.observe(tokens, states)
+                drafts["draft", number, asked, depth] = _draft_run(
+                    drafting, range(asked), DraftRequest(tokens[-1:], tree, depth), states
                 )
     # By turns, as in a generation: a pass leaves little of the drafters' weights in a CPU's caches.
     turns = zip_longest(passes.items(), drafts.items())
@@ -116,9 +112,9 @@ def _measure(target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: Tr
 
     return Costs(
         ascending([(key[1], seconds) for key, seconds in best.items() if key[0] == "target"]),
-        tuple(groups),
-        tuple(draft_cost(number, 1) for number in range(len(groups))),
-        tuple(draft_cost(number, len(group)) for number, group in enumerate(groups)),
+        tuple(ensemble.groups),
+        tuple(draft_cost(number, 1) for number in range(len(ensemble.groups))),
+        tuple(draft_cost(number, len(group)) for number, group in enumerate(ensemble.groups)),
     )
 
 
@@ -143,19 +139,29 @@ def _target_run(session: TargetSession, token: torch.Tensor, width: int) -> Call
 
 
 def _draft_run(
-    session: DrafterSession,
-    tree: TreeShape,
-    depth: int,
-    tokens: torch.Tensor,
-    features: torch.Tensor,
+    drafting: Ensemble,
+    asked: Sequence[int],
+    request: DraftRequest,
+    states: Mapping[int, torch.Tensor],
 ) -> Callable[[], None]:
-    root = tokens[-1:].to(session.device)
+    # What a cycle brings: a few tokens, and what was computed for them.
+    tokens = request.root.expand(3)
+    few = {layer: x[-3:] for layer, x in states.items()}
 
     def run() -> None:
-        session.observe(tokens, features)
-        move(tree.grow(session, root, depth), torch.device("cpu"))
+        drafting.observe(tokens, few)
+        drafting.propose(asked, request)
 
     return run
+
+
+def _tree_key(tree: TreeShape) -> object:
+    """What costs depend on: the shape, or of one that cannot be hashed what can be asked of it."""
+    try:
+        hash(tree)
+    except TypeError:
+        return (type(tree), tree.num_nodes, tree.min_vocab_size)
+    return tree
 
 
 def _time(

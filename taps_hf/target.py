@@ -6,6 +6,8 @@ import copy
 import inspect
 import sys
 import types
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,41 +16,99 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import CACHE, GrowingSlidingWindowLayer, InPlaceCache
+from .masks import additive
 from .trees.tree import DraftTree
 
-
-class _Recorder(nn.Module):
-    """A target's decoder that also notes down its last hidden states."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.features: torch.Tensor | None = None  # (1, N, hidden)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.decoder(*args, **kwargs)
-        self.features = output[0]
-        return output
+LAST = -1
+"""Among layers: the last hidden states, after the final norm: what the LM head reads."""
 
 
-def _recording(model: PreTrainedModel) -> tuple[PreTrainedModel, _Recorder]:
+class _StateRecorder:
+    """Notes down hidden states of a target's layers while a shell of it runs."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, torch.Tensor] = {}  # (1, N, hidden), by layer
+
+    def hook(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        """A forward hook that notes down what a layer returns."""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self.states[layer] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return note
+
+
+def _shell_of(module: nn.Module) -> nn.Module:
+    """A copy that shares everything with the module but its table of modules and its hooks."""
+    shell = copy.copy(module)
+    shell.__dict__["_modules"] = dict(module._modules)
+    shell.__dict__["_forward_hooks"] = OrderedDict(module._forward_hooks)
+    for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        shell.__dict__[name] = OrderedDict(getattr(module, name))
+    return shell
+
+
+def _recording(
+    model: PreTrainedModel, layers: Collection[int]
+) -> tuple[PreTrainedModel, _StateRecorder]:
     """A shell around the modules of `model`, for one generation, and the recorder inside it.
 
-    What the LM head reads is wanted beside the logits, without keeping all layers' hidden states
-    and without a hook on a model that other threads may be using (transformers 5.0 collects
+    What drafters read is wanted beside the logits, without keeping all layers' hidden states and
+    without a hook on a model that other threads may be using (transformers 5.0 collects
     `output_hidden_states` by patching the layers, which two threads can leave patched for good).
 
     The shell's `forward` is the model's, one set on the object included ([`check_forward`]).
     """
-    recorder = _Recorder(model.base_model)
-    shell = copy.copy(model)
-    shell.__dict__["_modules"] = {**model._modules, model.base_model_prefix: recorder}
+    recorder = _StateRecorder()
+    decoder = _shell_of(model.base_model)
+    decoder.register_forward_hook(recorder.hook(LAST))
+    inner = sorted(set(layers) - {LAST})
+    if inner:
+        stack = _shell_of(decoder.layers)
+        for layer in inner:
+            stack._modules[str(layer)] = _shell_of(stack._modules[str(layer)])
+            stack._modules[str(layer)].register_forward_hook(recorder.hook(layer))
+        decoder._modules["layers"] = stack
+    shell = _shell_of(model)
+    shell._modules[model.base_model_prefix] = decoder
     # accelerate's wrapper around the model itself only moves inputs and outputs; its hooks on the
     # submodules stay in effect.
     forward = shell.__dict__.pop("forward", None)
     if forward is not None and not _dispatched(model):
         shell.__dict__["forward"] = types.MethodType(forward.__func__, shell)
     return shell, recorder
+
+
+def check_layers(model: PreTrainedModel, layers: Collection[int]) -> None:
+    """Check that hidden states of these layers can be recorded.
+
+    Args:
+        model: the target.
+        layers: indices of decoder layers, from 0: what they return; or [`LAST`].
+
+    Raises:
+        ValueError: if there are no such layers, or they could not be told apart from the model's.
+    """
+    inner = set(layers) - {LAST}
+    if not inner:
+        return
+    kind = type(model).__name__
+    decoder = model.base_model
+    found = getattr(decoder, "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        raise ValueError(f"The target ({kind}) has no list of `layers` that drafters could read.")
+    odd = sorted(layer for layer in inner if not 0 <= layer < len(found))
+    if odd:
+        raise ValueError(
+            f"Drafters read the target's layers {odd}, expected 0 to {len(found) - 1} ({kind} has "
+            f"{len(found)} layers)."
+        )
+    if "forward" in vars(decoder):
+        raise ValueError(
+            f"The target's decoder ({type(decoder).__name__}) has a `forward` of its own (set by "
+            "a `device_map` for all of it, perhaps), so drafters cannot read its layers "
+            f"{sorted(inner)}; expected the one of its class."
+        )
 
 
 def check_forward(model: PreTrainedModel) -> None:
@@ -100,6 +160,9 @@ class TargetSession:
         input_ids: (1, T) int64, as `generate` gives it to a decoding method.
         generation_config: as prepared by `generate`.
         model_kwargs: as prepared by `generate`; its cache is extended in place.
+        layers: whose states drafters read: indices of decoder layers, or [`LAST`].
+
+    As a context manager it releases the cache at the end.
 
     Raises:
         ValueError: if the cache already covers the whole prompt.
@@ -111,9 +174,11 @@ class TargetSession:
         input_ids: torch.Tensor,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
+        layers: Collection[int] = (LAST,),
     ) -> None:
         self.model = model
-        self._shell, self._recorder = _recording(model)
+        self._layers = tuple(layers)
+        self._shell, self._recorder = _recording(model, layers)
         self.device = model.get_input_embeddings().weight.device
         self._prefill_chunk_size = generation_config.prefill_chunk_size
         config = model.config.get_text_config(decoder=True)
@@ -130,6 +195,7 @@ class TargetSession:
         covered = mask.shape[1] if mask is not None else _mask_length(generation_config)
         whole = covered is None or covered == input_ids.shape[1]
         self._new_tokens = input_ids[:, past if whole else 0 :].to(self.device)
+        earlier = input_ids[0, : past if whole else 0].to(self.device)
         if self._new_tokens.shape[1] == 0:
             raise ValueError(
                 f"`{CACHE}` holds {past} tokens and `input_ids` {input_ids.shape[1]}: "
@@ -147,18 +213,36 @@ class TargetSession:
         self._prompt_mask = (
             None if mask is None or bool(mask.all()) else mask.to(self.device).bool()
         )
+        if self._prompt_mask is not None:
+            earlier = earlier[self._prompt_mask[0, : len(earlier)]]
+        # (k,) int64: what the cache covers, without padding; nothing where `generate` was not told.
+        self.earlier_tokens = earlier
+        self._max_positions = getattr(config, "max_position_embeddings", None)
         self._cache = InPlaceCache(cache)
         self._stored: list[int] | None = None  # before a pass, until it is kept
 
-    def prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def __enter__(self) -> TargetSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still be emitted before the target's positions end."""
+        if self._max_positions is None:
+            return sys.maxsize
+        return self._max_positions - self.root_position
+
+    def prefill(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Run the prompt up to, not including, its last token (the first root).
 
         Returns:
-            the unpadded tokens that follow each position run, (n,) int64, and the features at those
-            positions, (n, hidden).
+            the text that was not in the cache, without padding, (n,) int64; and by layer the states
+            at the positions just run, (n - 1, hidden): those before each token but the first.
         """
         tokens, positions = self._new_tokens[:, :-1], self._positions[:, :-1]
-        features = []
+        parts = []
         # Of the logits as few as may be: nobody reads them.
         keep = inspect.signature(type(self.model).forward).parameters.keys() & {"logits_to_keep"}
         step = self._prefill_chunk_size or max(tokens.shape[1], 1)
@@ -175,21 +259,23 @@ class TargetSession:
                 **dict.fromkeys(keep, 1),
             )
             self._stored = None
-            features.append(found)
-        following = self._new_tokens[0, 1:]
-        if not features:
-            return following, following.new_zeros(0, 1)
-        found = torch.cat(features)
+            parts.append(found)
+        text = self._new_tokens[0]
+        states = {
+            layer: torch.cat([part[layer] for part in parts]) for layer in self._layers if parts
+        }
         if self._prompt_mask is not None:
-            real = self._prompt_mask[0, -self._new_tokens.shape[1] :][:-1]
-            following, found = following[real], found[real.to(found.device)]
-        return following, found
+            real = self._prompt_mask[0, -len(text) :]
+            text = text[real]
+            states = {layer: x[real[:-1].to(x.device)] for layer, x in states.items()}
+        return text, states
 
-    def verify(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
+    def verify(self, tree: DraftTree) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """One pass of the target over all nodes of a tree.
 
         Returns:
-            logits of shape (N, vocabulary) and features of shape (N, hidden), in the model's dtype.
+            logits of shape (N, vocabulary), and by layer states of shape (N, hidden), in the
+            model's dtype.
         """
         tree = tree.to(self.device)
         past = self._cache.length
@@ -200,18 +286,19 @@ class TargetSession:
             position_ids=(tree.depths + self.root_position)[None],
         )
 
-    def _run(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass: logits, (n, vocabulary), and features, (N, hidden)."""
-        self._recorder.features = None
+    def _run(self, **inputs: Any) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """One pass: logits, (n, vocabulary), and states, (N, hidden), by layer."""
+        self._recorder.states = {}
         output = self._shell(
             **inputs, **{CACHE: self._cache.cache}, use_cache=True, return_dict=True
         )
-        if self._recorder.features is None:
+        states, self._recorder.states = self._recorder.states, {}
+        if LAST not in states:
             raise ValueError(
                 f"The `forward` set on the target ({type(self.model).__name__}) did not run the "
                 "modules of its `self`; expected it to use those, not those of a fixed object."
             )
-        return output.logits[0], self._recorder.features[0]
+        return output.logits[0], {layer: states[layer][0] for layer in self._layers}
 
     def keep(self, path: list[int]) -> None:
         """Keep the states of the nodes on `path` (the root first) and move the root on."""
@@ -268,8 +355,7 @@ class TargetSession:
         mask = mask[None, None]
         if not self._eager and mask.device.type != "cpu":
             return mask
-        zeros = torch.zeros_like(mask, dtype=self.model.dtype)
-        return zeros.masked_fill(~mask, torch.finfo(self.model.dtype).min)
+        return additive(mask, self.model.dtype)
 
 
 def _mask_length(generation_config: GenerationConfig) -> int | None:

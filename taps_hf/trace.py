@@ -1,4 +1,4 @@
-"""What happened in a generation: per cycle, and in sum.
+"""What happened in a generation: per cycle, and in sum; and the recorder that writes it down.
 
 Two numbers are easily confused: the *accepted length* counts draft tokens, *tau* counts the tokens
 emitted per target pass (usually one more, the bonus token). Always say which one a number is.
@@ -6,9 +6,10 @@ emitted per target pass (usually one more, the bonus token). Always say which on
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -16,6 +17,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .trees.tree import DraftTree
+from .verification import Path
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class CycleTrace:
         num_nodes: nodes verified, not counting the root.
         path: nodes of the tree that were accepted, from depth 1 on.
         emitted: the tokens emitted, in order.
-        seconds_draft: in the drafters and in composing their trees.
+        seconds_draft: in the drafters and in composing their trees. Like the others None where
+            nobody asked for a record and to know the time the host would have to wait (on a GPU).
         seconds_target: in the target's pass.
-        seconds_rest: in everything else (walk, processors, stopping criteria, cache).
+        seconds_rest: in everything else (walk, processors, stopping criteria, caches).
         tree: the verified tree, on the CPU; None unless `output_draft_trees` was asked for.
     """
 
@@ -57,10 +60,20 @@ class CycleTrace:
     num_nodes: int
     path: tuple[int, ...]
     emitted: tuple[EmittedToken, ...]
-    seconds_draft: float
-    seconds_target: float
-    seconds_rest: float
+    seconds_draft: float | None = None
+    seconds_target: float | None = None
+    seconds_rest: float | None = None
     tree: DraftTree | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens emitted."""
+        return tuple(token.token for token in self.emitted)
+
+    @property
+    def accepted(self) -> tuple[tuple[int, ...], ...]:
+        """For each accepted draft token, in order, the drafters that had proposed it."""
+        return tuple(token.drafters for token in self.emitted[: len(self.path)])
 
     @property
     def accepted_length(self) -> int:
@@ -72,7 +85,7 @@ class CycleTrace:
         """What became of each node of `tree`: "accepted", "rejected" or "unreached".
 
         The root counts as accepted. A node is unreached if its parent was not accepted, or if the
-        generation ended there. Where a packing holds a path several times, the first is meant.
+        generation ended there.
 
         Raises:
             ValueError: if the tree was not kept.
@@ -216,40 +229,96 @@ class Stopwatch:
         return [b - a for a, b in pairs]
 
 
+class Recorder:
+    """Times one generation and records its cycles.
+
+    Args:
+        drafters: their names.
+        device: of the target.
+        wanted: whether anybody asked for the record. Cycles are recorded either way, for the
+            strategy, but without it none is kept, and on a GPU none is timed.
+        keep_trees: whether to keep each cycle's tree.
+        on_cycle: called with each cycle that was recorded.
+    """
+
+    def __init__(
+        self,
+        drafters: Iterable[str],
+        device: torch.device,
+        wanted: bool,
+        keep_trees: bool = False,
+        on_cycle: Callable[[CycleTrace], None] | None = None,
+    ) -> None:
+        self.trace = DraftTrace(tuple(drafters)) if wanted else None
+        self._device, self._keep_trees, self._on_cycle = device, keep_trees, on_cycle
+        self._timed = wanted or device.type == "cpu"
+        self.start()
+
+    def start(self) -> None:
+        """A phase begins, and what was timed is over."""
+        self._clock = Stopwatch(self._device) if self._timed else None
+
+    def lap(self) -> None:
+        """A phase ends, and the next one begins."""
+        if self._clock is not None:
+            self._clock.lap()
+
+    def prefilled(self) -> None:
+        """The prompt has been run."""
+        self.lap()
+        if self.trace is not None:
+            (self.trace.seconds_prefill,) = self._clock.seconds()
+
+    def cycle(self, tree: DraftTree, drafters: tuple[int, ...], path: Path) -> CycleTrace:
+        """A cycle is over: of three phases the third one ends here.
+
+        Args:
+            tree: what was verified, on the CPU.
+            drafters: whose proposals it holds.
+            path: what was emitted along it.
+        """
+        self.lap()
+        seconds = (None,) * 3 if self._clock is None else self._clock.seconds()
+        cycle = trace_cycle(tree, drafters, path, seconds, self._keep_trees)
+        if self.trace is not None:
+            self.trace.cycles.append(cycle)
+        return cycle
+
+    def tell(self, cycle: CycleTrace) -> None:
+        """Show a cycle to whoever wanted to see it while the generation runs."""
+        if self._on_cycle is not None:
+            self._on_cycle(cycle)
+
+
 def trace_cycle(
     tree: DraftTree,
     drafters: tuple[int, ...],
-    tokens: list[int],
-    accepted: list[list[int]],
-    seconds: tuple[float, float, float],
-    keep_tree: bool,
+    path: Path,
+    seconds: Sequence[float | None] = (None,) * 3,
+    keep_tree: bool = False,
 ) -> CycleTrace:
     """The record of one cycle.
 
     Args:
         tree: the verified tree, on the CPU.
         drafters: whose proposals it holds.
-        tokens: the emitted tokens.
-        accepted: the node of each accepted token, the root not counted; all its copies where a
-            packing holds it several times.
+        path: what was emitted along it.
         seconds: draft, target, rest.
         keep_tree: whether to keep the tree itself.
     """
-
-    def of_drafters(values: torch.Tensor, copies: list[int], by: tuple[int, ...]) -> tuple:
-        return tuple(values[list(by)][:, copies].nan_to_num(nan=-torch.inf).amax(dim=1).tolist())
-
+    tokens = path.tokens.tolist()
+    confidence = tree.confidence[:, path.accepted].T.tolist()
+    entropy = confidence if tree.entropy is None else tree.entropy[:, path.accepted].T.tolist()
     emitted = []
-    for depth, (token, copies) in enumerate(zip(tokens, accepted), start=1):
-        by = tree.proposers(copies)
-        confidence = of_drafters(tree.confidence, copies, by)
-        entropy = () if tree.entropy is None else of_drafters(tree.entropy, copies, by)
-        emitted.append(EmittedToken(token, depth, by, confidence, entropy))
-    emitted += [EmittedToken(token, None, (), (), ()) for token in tokens[len(accepted) :]]
+    for depth, (token, sure, unsure) in enumerate(zip(tokens, confidence, entropy), start=1):
+        by = tuple(index for index, value in enumerate(sure) if not math.isnan(value))
+        nats = () if tree.entropy is None else tuple(unsure[index] for index in by)
+        emitted.append(EmittedToken(token, depth, by, tuple(sure[index] for index in by), nats))
+    emitted += [EmittedToken(token, None, (), (), ()) for token in tokens[len(path.accepted) :]]
     return CycleTrace(
         drafters,
         len(tree) - 1,
-        tuple(copies[0] for copies in accepted),
+        tuple(path.accepted),
         tuple(emitted),
         *seconds,
         # Without the distributions behind sampled trees: a row of the vocabulary for each node.

@@ -14,10 +14,10 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.generation import GenerationMode
 
 from .cache import CACHE, check_cache
+from .drafters.base import Drafter
 from .drafters.configuration_eagle import tokenizer_fingerprint
-from .drafters.modeling_eagle import EagleDrafter
 from .strategies import Strategy
-from .target import check_forward, masks_windows
+from .target import check_forward, check_layers, masks_windows
 from .trees.shapes import TreeShape
 from .verification import VERIFIERS
 
@@ -35,14 +35,14 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def named_drafters(
-    assistant_models: EagleDrafter | Sequence[EagleDrafter] | Mapping[str, EagleDrafter],
-) -> dict[str, EagleDrafter]:
+    assistant_models: Drafter | Sequence[Drafter] | Mapping[str, Drafter],
+) -> dict[str, Drafter]:
     """Drafters by name: the given names, or the last part of their paths (made unique).
 
     Raises:
         ValueError: unless there is at least one drafter and nothing else.
     """
-    if isinstance(assistant_models, EagleDrafter):
+    if isinstance(assistant_models, Drafter):
         assistant_models = [assistant_models]
     if isinstance(assistant_models, Mapping):
         named = {str(name): drafter for name, drafter in assistant_models.items()}
@@ -54,17 +54,17 @@ def named_drafters(
             named[f"{name} ({i})" if name in named else name] = drafter
     else:
         named = {"assistant_models": assistant_models}
-    wrong = {name: type(d).__name__ for name, d in named.items() if not isinstance(d, EagleDrafter)}
+    wrong = {name: type(d).__name__ for name, d in named.items() if not isinstance(d, Drafter)}
     if wrong or not named:
         raise ValueError(
-            f"`assistant_models` is {wrong or 'empty'}, expected at least one taps_hf.EagleDrafter "
-            "(a list of them, or a dictionary from names to them)."
+            f"`assistant_models` is {wrong or 'empty'}, expected at least one drafter, as a "
+            "taps_hf.EagleDrafter (a list of them, or a dictionary from names to them)."
         )
     return named
 
 
 def check_settings(
-    drafters: Mapping[str, EagleDrafter], strategy: Strategy, tree: TreeShape, verification: str
+    drafters: Mapping[str, Drafter], strategy: Strategy, tree: TreeShape, verification: str
 ) -> None:
     """Check what can be checked without a target.
 
@@ -77,8 +77,8 @@ def check_settings(
             "top_k=8, num_nodes=24)."
         )
     for name, drafter in drafters.items():
-        scored = drafter.config.draft_vocab_size or drafter.config.vocab_size
-        if scored < tree.min_vocab_size:
+        scored = drafter.num_scored_tokens
+        if scored is not None and scored < tree.min_vocab_size:
             raise ValueError(
                 f"`tree` asks for {tree.min_vocab_size} children of a node, but drafter {name!r} "
                 f"scores only {scored} tokens."
@@ -89,6 +89,12 @@ def check_settings(
         )
     strategy.check(len(drafters))
     if verification == "rejection":
+        unable = [name for name, drafter in drafters.items() if not drafter.samples]
+        if unable:
+            raise ValueError(
+                f'`verification` is "rejection", but {", ".join(unable)} cannot sample proposals '
+                "with their distributions; expected drafters that do, or the walk."
+            )
         if tree.follows_tokens:
             raise ValueError(
                 f'`tree` is {tree!r} and `verification` is "rejection": proposals are sampled, and '
@@ -162,48 +168,30 @@ def _check_preparation(model: PreTrainedModel) -> None:
     )
 
 
-def check_drafter(name: str, drafter: EagleDrafter, model: PreTrainedModel) -> None:
+def check_drafter(name: str, drafter: Drafter, model: PreTrainedModel) -> None:
     """Check that a drafter fits a target.
 
     Raises:
-        ValueError: if hidden size or vocabulary differ, the target's embedding or head cannot be
-            read, or the drafter would draft at random.
+        ValueError: as [`Drafter.check_target`], and if it reads layers that cannot be read.
     """
-    config = model.config.get_text_config(decoder=True)
-    trained_for = drafter.config.target_name_or_path or "another target"
-    for field in ("hidden_size", "vocab_size"):
-        found, expected = getattr(drafter.config, field), getattr(config, field)
-        if found != expected:
-            raise ValueError(
-                f"Drafter {name!r} has `{field}` {found}, but the target's is {expected}: it was "
-                f"made for {trained_for}."
-            )
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if module.weight.device.type == "meta":
-            raise ValueError(
-                "The target's embedding or LM head is offloaded, but drafters read both; expected "
-                "a `device_map` that keeps them on a device."
-            )
-    if drafter.training and getattr(drafter.trunk.config, "attention_dropout", 0.0):
-        raise ValueError(f"Drafter {name!r} is in training mode with dropout; call its eval().")
+    drafter.check_target(name, model)
+    check_layers(model, drafter.reads_layers)
 
 
-def check_tokenizer(
-    drafters: Mapping[str, EagleDrafter], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def check_tokenizer(drafters: Mapping[str, Drafter], tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that drafters were trained with this tokenizer's vocabulary.
 
     Raises:
         ValueError: if a drafter's recorded fingerprint differs from the tokenizer's.
     """
-    expected = {d.config.tokenizer_fingerprint for d in drafters.values()} - {None}
+    expected = {d.tokenizer_fingerprint for d in drafters.values()} - {None}
     if not expected:
         return
     if tokenizer not in _FINGERPRINTS:  # half a second for a large vocabulary: not in every call
         _FINGERPRINTS[tokenizer] = tokenizer_fingerprint(tokenizer)
     found = _FINGERPRINTS[tokenizer]
     for name, drafter in drafters.items():
-        recorded = drafter.config.tokenizer_fingerprint
+        recorded = drafter.tokenizer_fingerprint
         if recorded not in (None, found):
             raise ValueError(
                 f"Drafter {name!r} was trained with a tokenizer of fingerprint {recorded}, but "

@@ -1,13 +1,16 @@
-"""Verifiers: given the target's scores at a node, which token is emitted and which node is next.
+"""The walk through a scored tree, and its verifiers: which token is emitted, which node is next.
 
-Both are exact; they differ in what they are exact for (docs/architecture.md).
+Both verifiers are exact; they differ in what they are exact for (docs/architecture.md).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .trees.tree import DraftTree
 
@@ -24,15 +27,15 @@ class Verifier(ABC):
         self.do_sample = do_sample
 
     @abstractmethod
-    def step(self, nodes: list[int], scores: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    def step(self, node: int, scores: torch.Tensor) -> tuple[torch.Tensor, int | None]:
         """Choose the next token.
 
         Args:
-            nodes: the node the walk stands at; several where a packing holds the same path twice.
-            scores: (1, vocabulary) float32: the target's processed scores at the node.
+            node: where the walk stands.
+            scores: (1, vocabulary) float32: the target's processed scores there.
 
         Returns:
-            the token, (1,) int64, and the nodes that carry it: none if the walk ends here.
+            the token, (1,) int64, and the child that carries it; None if the walk ends here.
         """
 
 
@@ -45,19 +48,15 @@ class WalkVerifier(Verifier):
 
     def __init__(self, tree: DraftTree, do_sample: bool) -> None:
         super().__init__(tree, do_sample)
-        self._children: dict[tuple[int, int], list[int]] = {}
-        pairs = torch.stack([tree.parents, tree.tokens]).tolist()  # one read-back
-        for node, (parent, token) in enumerate(zip(*pairs)):
-            self._children.setdefault((parent, token), []).append(node)
+        self._children = tree.children()
 
-    def step(self, nodes: list[int], scores: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    def step(self, node: int, scores: torch.Tensor) -> tuple[torch.Tensor, int | None]:
         if self.do_sample:
             probabilities = torch.softmax(scores, dim=-1)
             token = torch.multinomial(probabilities, num_samples=1).squeeze(1)
         else:
             token = torch.argmax(scores, dim=-1)
-        chosen = int(token)
-        return token, [child for node in nodes for child in self._children.get((node, chosen), ())]
+        return token, self._children.get((node, int(token)))
 
 
 class RejectionVerifier(Verifier):
@@ -84,8 +83,7 @@ class RejectionVerifier(Verifier):
         for parent, child, row in zip(*triples.tolist()):
             self._attempts.setdefault(parent, []).append((child, row))
 
-    def step(self, nodes: list[int], scores: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        (node,) = nodes
+    def step(self, node: int, scores: torch.Tensor) -> tuple[torch.Tensor, int | None]:
         if self.do_sample:
             target = torch.softmax(scores[0], dim=-1)
         else:
@@ -97,14 +95,94 @@ class RejectionVerifier(Verifier):
                 drafts[row] = self._probabilities[row].to(target.device, copy=True)
             draft, token = drafts[row], self._tokens[child]
             if torch.rand((), device=target.device) * draft[token] < target[token]:
-                return scores.new_tensor([token], dtype=torch.long), [child]
+                return scores.new_tensor([token], dtype=torch.long), child
             residual = (target - draft).clamp(min=0.0)
             total = residual.sum()
             # p = q exactly leaves nothing over; then rejection had probability 0 but for rounding.
             target = torch.where(total > 0, residual / total, target)
             draft[token] = 0.0
             drafts[row] = draft / draft.sum().clamp(min=torch.finfo(draft.dtype).tiny)
-        return torch.multinomial(target, num_samples=1), []
+        return torch.multinomial(target, num_samples=1), None
 
 
 VERIFIERS: dict[str, type[Verifier]] = {"walk": WalkVerifier, "rejection": RejectionVerifier}
+
+
+@dataclass(frozen=True)
+class Path:
+    """The way of one walk.
+
+    Args:
+        nodes: at which a token was emitted, the root first: their states are kept.
+        accepted: the nodes that carried the tokens emitted, from depth 1 on: as many as tokens, or
+            one fewer where the last is the target's own.
+        tokens: (m,) int64: emitted.
+    """
+
+    nodes: list[int]
+    accepted: list[int]
+    tokens: torch.Tensor
+
+
+class Walk:
+    """Plain generate's inner loop: from the scores of one position to the next token.
+
+    Args:
+        input_ids: (1, T) int64: what there is so far.
+        logits_processor, stopping_criteria: as `generate` prepared them.
+        verifier: the class of verifier.
+        do_sample: whether tokens are sampled.
+        keep_scores, keep_logits: whether to keep what each token was chosen from.
+        on_token: called with each token emitted, (1,) int64.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        verifier: type[Verifier],
+        do_sample: bool,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+        on_token: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.input_ids = input_ids
+        self.is_finished = False
+        # As `generate` returns them: of every token, (1, vocabulary) float32; None if not asked.
+        self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if keep_logits else None
+        self._processor, self._criteria = logits_processor, stopping_criteria
+        self._verifier, self._do_sample, self._on_token = verifier, do_sample, on_token
+
+    def along(self, tree: DraftTree, logits: torch.Tensor) -> Path:
+        """Emit tokens for as long as the tree holds the token emitted, and one more.
+
+        Args:
+            tree: what the target has scored, on the CPU.
+            logits: (N, vocabulary): its scores at the nodes.
+        """
+        verifier = self._verifier(tree, self._do_sample)
+        node, nodes, accepted = 0, [], []
+        start = self.input_ids.shape[1]
+        while node is not None and not self.is_finished:
+            nodes.append(node)
+            token, node = verifier.step(node, self._score(logits[node]))
+            if node is not None:
+                accepted.append(node)
+            self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+            self.is_finished = bool(self._criteria(self.input_ids, self.scores).all())
+            if self._on_token is not None:
+                self._on_token(token)
+        return Path(nodes, accepted, self.input_ids[0, start:])
+
+    def _score(self, logits: torch.Tensor) -> torch.Tensor:
+        """(1, vocabulary) float32, processed, from (vocabulary,)."""
+        # A copy: processors may write into what they get.
+        plain = logits[None].to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        scores = self._processor(self.input_ids, plain)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (plain,)
+        return scores

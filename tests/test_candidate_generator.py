@@ -44,7 +44,6 @@ def test_in_transformers_own_assisted_generation(monkeypatch):
         prompt(), max_new_tokens=30, do_sample=False, assistant_model=tiny_target()
     )
     assert torch.equal(plain, assisted)
-    assert made[0].history == []  # only this package's loop records outcomes
     assert sum(proposed) > 0
     assert len(proposed) < 30  # some were accepted: fewer cycles than tokens
 

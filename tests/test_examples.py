@@ -12,7 +12,7 @@ import quickstart
 import streaming
 import torch
 
-from taps_hf import CycleOutcome
+from taps_hf import CycleOutcome, EmittedToken, GenerationContext
 
 from .saved import save_tiny_models
 
@@ -138,12 +138,12 @@ def test_custom_strategy_gives_the_plain_answer(arguments, capsys):
 
 
 def test_staying_with_the_drafter_accepted_most():
-    stay = custom_strategy.Stay()
-    accepted = CycleOutcome((0, 1), accepted=((0, 1), (1,)))
-    assert stay.drafters_to_run(2, []) == (0, 1)
-    assert stay.drafters_to_run(2, [accepted]) == (1,)
-    assert stay.drafters_to_run(2, [accepted, CycleOutcome((1,), accepted=())]) == (0, 1)
-    assert stay.drafters_to_run(2, [CycleOutcome((0, 1), accepted=((0, 1),))]) == (0,)
+    stay = custom_strategy.Stay().begin(GenerationContext(2, torch.device("cpu"), costs=None))
+    assert stay.ask((0, 1)) == (0, 1)
+    for accepted, then in ((((0, 1), (1,)), (1,)), ((), (0, 1)), (((0, 1),), (0,))):
+        emitted = tuple(EmittedToken(5, 1, by, (1.0,) * len(by), ()) for by in accepted)
+        stay.observe(CycleOutcome((0, 1), 4, tuple(range(1, len(emitted) + 1)), emitted))
+        assert stay.ask((0, 1)) == then
 
 
 def test_averaging_compares_tau(arguments, capsys):

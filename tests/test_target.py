@@ -8,17 +8,18 @@ from transformers import DynamicCache, GenerationConfig
 
 import taps_hf
 from taps_hf.cache import CACHE
-from taps_hf.target import TargetSession
+from taps_hf.target import LAST, TargetSession, check_layers
 from tests.tiny import FAMILIES, prompt, tiny_target
 
 
-def session(family: str, inputs: torch.Tensor, **kwargs) -> TargetSession:
+def session(family: str, inputs: torch.Tensor, layers=(LAST,), **kwargs) -> TargetSession:
     target = tiny_target(family)
     return TargetSession(
         target,
         inputs,
         GenerationConfig(),
         {CACHE: DynamicCache(config=target.config), **kwargs},
+        layers,
     )
 
 
@@ -44,19 +45,19 @@ def test_a_pass_over_a_tree_is_a_pass_over_each_path(family: str, length: int):
     target, inputs = tiny_target(family), prompt(length)
     with torch.no_grad():
         ours = session(family, inputs)
-        tokens, prompt_features = ours.prefill()
+        tokens, prompt_states = ours.prefill()
         tree = branching_tree(int(inputs[0, -1]))
-        logits, features = ours.verify(tree)
-        assert torch.equal(tokens, inputs[0, 1:])
+        logits, states = ours.verify(tree)
+        assert torch.equal(tokens, inputs[0])
         for node in range(len(tree)):
             path = torch.cat([inputs[0], tree.tokens[path_to(tree, node)[1:]]])[None]
             plain = target(input_ids=path)
             hidden = target.base_model(input_ids=path).last_hidden_state[0]
             torch.testing.assert_close(logits[node], plain.logits[0, -1], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(features[node], hidden[-1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(states[LAST][node], hidden[-1], atol=1e-4, rtol=1e-4)
             if length > 1:
                 torch.testing.assert_close(
-                    prompt_features, hidden[: length - 1], atol=1e-4, rtol=1e-4
+                    prompt_states[LAST], hidden[: length - 1], atol=1e-4, rtol=1e-4
                 )
 
 
@@ -65,8 +66,8 @@ def test_features_are_what_the_head_reads(family: str):
     with torch.no_grad():
         ours = session(family, prompt())
         ours.prefill()
-        logits, features = ours.verify(branching_tree(int(prompt()[0, -1])))
-        assert torch.equal(tiny_target(family).get_output_embeddings()(features), logits)
+        logits, states = ours.verify(branching_tree(int(prompt()[0, -1])))
+        assert torch.equal(tiny_target(family).get_output_embeddings()(states[LAST]), logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,9 +92,39 @@ def test_nothing_is_left_on_the_target():
     target = tiny_target()
     modules = dict(target._modules)
     before = sorted(vars(target))
+    hooks = [len(module._forward_hooks) for module in target.modules()]
     with torch.no_grad():
-        ours = session("llama", prompt())
+        ours = session("llama", prompt(), (0, LAST))
         ours.prefill()
         ours.verify(branching_tree(0))
     assert sorted(vars(target)) == before
+    assert [len(module._forward_hooks) for module in target.modules()] == hooks
     assert all(target._modules[name] is module for name, module in modules.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_of_inner_layers_are_those_that_transformers_gives(family: str):
+    target, inputs = tiny_target(family), prompt(12)
+    layers = (0, 1, LAST)
+    with torch.no_grad():
+        ours = session(family, inputs, layers)
+        _, states = ours.prefill()
+        tree = branching_tree(int(inputs[0, -1]))
+        _, of_tree = ours.verify(tree)
+        path = torch.cat([inputs[0], tree.tokens[path_to(tree, 5)[1:]]])[None]
+        plain = target(path, output_hidden_states=True).hidden_states
+    assert states.keys() == of_tree.keys() == set(layers)
+    last_layer = target.config.num_hidden_layers - 1
+    for layer in layers:
+        if layer == last_layer:  # transformers gives it after the norm only
+            continue
+        expected = plain[-1 if layer == LAST else layer + 1][0]
+        found = torch.cat([states[layer], of_tree[layer][path_to(tree, 5)]])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_are_not_there():
+    target = tiny_target()
+    check_layers(target, (0, 1, LAST))
+    with pytest.raises(ValueError, match=r"layers \[2, 7\], expected 0 to 1"):
+        check_layers(target, (0, 2, 7))

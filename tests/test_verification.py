@@ -9,7 +9,7 @@ import torch
 
 import taps_hf
 from taps_hf import verification
-from taps_hf.verification import RejectionVerifier, WalkVerifier
+from taps_hf.verification import RejectionVerifier, Walk, WalkVerifier
 from tests.tiny import prompt, tiny_drafters, tiny_target
 
 LENGTH = 3  # tokens a continuation: short enough to know the distribution of whole continuations
@@ -83,14 +83,13 @@ def test_a_wrong_rule_is_caught(expected, monkeypatch):
     """Accepting with min(1, p / q) but drawing the correction from p is a classic mistake."""
 
     class NoResidual(RejectionVerifier):
-        def step(self, nodes, scores):
-            (node,) = nodes
+        def step(self, node, scores):
             target = torch.softmax(scores[0], dim=-1)
             for child, row in self._attempts.get(node, ()):
                 token = self._tokens[child]
                 if torch.rand(()) * self._probabilities[row, token] < target[token]:
-                    return torch.tensor([token]), [child]
-            return torch.multinomial(target, 1), []
+                    return torch.tensor([token]), child
+            return torch.multinomial(target, 1), None
 
     monkeypatch.setitem(verification.VERIFIERS, "rejection", NoResidual)
     torch.manual_seed(0)
@@ -136,21 +135,63 @@ def test_rejection_accepts_what_the_drafter_is_sure_of():
             ),
         )
         for _ in range(20):
-            assert RejectionVerifier(tree, do_sample=True).step([0], scores)[1] == [1]
+            assert RejectionVerifier(tree, do_sample=True).step(0, scores)[1] == 1
 
 
-def test_walk_goes_on_where_the_token_stands_in_any_of_several_nodes():
-    """The paper's packing holds a path twice; the walk must not lose what follows either copy."""
-    tree = taps_hf.DraftTree(
-        tokens=torch.tensor([0, 1, 1, 2, 3]),
-        parents=torch.tensor([-1, 0, 0, 1, 2]),
-        depths=torch.tensor([0, 1, 1, 2, 2]),
-        confidence=torch.ones(2, 5),
-        path_confidence=torch.ones(2, 5),
-    )
-    walk = WalkVerifier(tree, do_sample=False)
-    token, nodes = walk.step([0], torch.tensor([[0.0, 9.0, 0.0, 0.0]]))
-    assert (token.tolist(), nodes) == ([1], [1, 2])
-    token, nodes = walk.step(nodes, torch.tensor([[0.0, 0.0, 0.0, 9.0]]))
-    assert (token.tolist(), nodes) == ([3], [4])
-    assert walk.step(nodes, torch.tensor([[9.0, 0.0, 0.0, 0.0]]))[1] == []
+def test_the_walk_loses_nothing_that_follows_either_of_two_copies():
+    """The paper's packing holds a path twice, and what follows it below either."""
+
+    def tree_of(drafter: int, tokens: list[int]) -> taps_hf.DraftTree:
+        nodes = torch.arange(len(tokens))
+        ones = torch.ones(1, len(tokens))
+        tree = taps_hf.DraftTree(torch.tensor(tokens), nodes - 1, nodes, ones, ones)
+        return tree.of_drafter(drafter, 2)
+
+    tree = taps_hf.concatenate([tree_of(0, [0, 1, 2]), tree_of(1, [0, 1, 3])])
+    assert tree.tokens.tolist() == [0, 1, 2, 1, 3]
+    for follows in (2, 3):
+        walk = WalkVerifier(tree, do_sample=False)
+        path, node = [], 0
+        for right in (1, follows, 0):
+            scores = torch.zeros(1, 4)
+            scores[0, right] = 9.0
+            token, node = walk.step(node, scores)
+            assert token.tolist() == [right]
+            path.append(node)
+        assert tree.tokens[path[:2]].tolist() == [1, follows]
+        assert path[2] is None
+        assert tree.proposers(path[0]) == (0, 1)
+        assert tree.proposers(path[1]) == (follows - 2,)
+
+
+def test_a_walk_is_plain_generates_inner_loop():
+    """Processors, criteria and streamers see what they would see token by token."""
+    seen = {"processor": [], "criterion": [], "token": []}
+
+    def process(input_ids, scores):
+        seen["processor"].append(input_ids[0].tolist())
+        return scores
+
+    def stop(input_ids, scores):
+        seen["criterion"].append(input_ids[0].tolist())
+        return torch.tensor([input_ids[0, -1] == 6])
+
+    nodes = torch.arange(4)
+    ones = torch.ones(1, 4)
+    tree = taps_hf.DraftTree(torch.tensor([3, 4, 5, 6]), nodes - 1, nodes, ones, ones)
+    logits = torch.eye(8)[[4, 5, 6, 7]]
+    for end, tokens, accepted in ((4, [4, 5, 6], 3), (3, [4, 5, 1], 2)):
+        start, listen = torch.tensor([[3]]), seen["token"].append
+        walk = Walk(start, process, stop, WalkVerifier, False, True, True, listen)
+        scored = logits.clone()
+        if end == 3:
+            scored[2] = torch.eye(8)[1]
+        path = walk.along(tree, scored)
+        assert (path.tokens.tolist(), path.nodes) == (tokens, [0, 1, 2])
+        assert path.accepted == [1, 2, 3][:accepted]
+        assert walk.is_finished == (end == 4)
+        assert walk.input_ids.tolist() == [[3, *tokens]]
+        assert len(walk.scores) == len(walk.logits) == 3
+        assert seen["processor"][-3:] == [[3], [3, *tokens[:1]], [3, *tokens[:2]]]
+        assert seen["criterion"][-3:] == [[3, *tokens[:n]] for n in (1, 2, 3)]
+        assert [int(token) for token in seen["token"][-3:]] == tokens

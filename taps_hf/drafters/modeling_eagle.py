@@ -12,6 +12,8 @@ part of a drafter or of its checkpoint.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +22,16 @@ from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache import CACHE
+from ..target import LAST
+from .base import Drafter, DrafterSession
 from .checkpoints import check_shapes, read_config, safetensors_files
 from .configuration_eagle import EagleDrafterConfig
 from .layers import build_trunk
+from .session import EagleSession
+from .stacking import kept_stack, stacking_key
 
 
-class EagleDrafter(PreTrainedModel):
+class EagleDrafter(PreTrainedModel, Drafter):
     """A one-layer, feature-level draft model.
 
     Build one with [`EagleDrafter.from_target`] (random weights) or load one with `from_pretrained`.
@@ -36,6 +42,8 @@ class EagleDrafter(PreTrainedModel):
     base_model_prefix = "drafter"
     _supports_sdpa = True
     _supports_flash_attn = False
+    reads_layers = (LAST,)
+    samples = True
 
     def __init__(self, config: EagleDrafterConfig) -> None:
         super().__init__(config)
@@ -174,6 +182,56 @@ class EagleDrafter(PreTrainedModel):
                 f"{cache.get_seq_length()} slots of 3 and gives features of shape {tuple(shape)}, "
                 f"expected all and {tuple(inputs.shape)}: it does not run as a drafter's."
             )
+
+    @property
+    def num_scored_tokens(self) -> int:
+        return self.config.draft_vocab_size or self.config.vocab_size
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        return self.config.tokenizer_fingerprint
+
+    def check_target(self, name: str, target: PreTrainedModel) -> None:
+        """Raise `ValueError` unless the drafter fits a target and is ready to draft.
+
+        That is if hidden size or vocabulary differ, the target's embedding or head cannot be read,
+        or the drafter would draft at random.
+        """
+        config = target.config.get_text_config(decoder=True)
+        trained_for = self.config.target_name_or_path or "another target"
+        for field in ("hidden_size", "vocab_size"):
+            found, expected = getattr(self.config, field), getattr(config, field)
+            if found != expected:
+                raise ValueError(
+                    f"Drafter {name!r} has `{field}` {found}, but the target's is {expected}: it "
+                    f"was made for {trained_for}."
+                )
+        for module in (target.get_input_embeddings(), target.get_output_embeddings()):
+            if module.weight.device.type == "meta":
+                raise ValueError(
+                    "The target's embedding or LM head is offloaded, but drafters read both; "
+                    "expected a `device_map` that keeps them on a device."
+                )
+        if self.training and getattr(self.trunk.config, "attention_dropout", 0.0):
+            raise ValueError(f"Drafter {name!r} is in training mode with dropout; call its eval().")
+
+    def run_key(self) -> Hashable:
+        return stacking_key(self)
+
+    @classmethod
+    def runs_as_one(cls, drafters: Sequence[EagleDrafter]) -> bool:
+        return len(drafters) == 1 or kept_stack(drafters) is not None
+
+    @classmethod
+    def start(cls, drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> DrafterSession:
+        return EagleSession(drafters, target)
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().float().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def forward(
         self,

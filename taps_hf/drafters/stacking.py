@@ -15,14 +15,16 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from .modeling_eagle import EagleDrafter
+from ..masks import additive
+
+if TYPE_CHECKING:
+    from .modeling_eagle import EagleDrafter
 
 _Made = TypeVar("_Made")
 
@@ -96,7 +98,7 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _alike(modules: Sequence[nn.Module]) -> bool:
+def _alike(modules: Sequence[nn.Module], are_drafters: bool = False) -> bool:
     """Whether modules are built alike, of nothing but what [`stack`] knows how to stack."""
     first = modules[0]
     for module in modules:
@@ -115,7 +117,7 @@ def _alike(modules: Sequence[nn.Module]) -> bool:
         return _is_norm(first)
     # Saved buffers are weights of some kind; those of the drafter itself are the head's affair.
     saved = first._buffers.keys() - first._non_persistent_buffers_set
-    if any(first._buffers[name] is not None for name in saved) and type(first) is not EagleDrafter:
+    if not are_drafters and any(first._buffers[name] is not None for name in saved):
         return False
     for name in first._modules:
         children = [module._modules[name] for module in modules]
@@ -150,7 +152,7 @@ def _agrees(stacked: nn.Module, drafters: Sequence[EagleDrafter]) -> bool:
     mask = torch.cat([torch.ones(nodes, slots), torch.eye(nodes)], dim=1).bool()[None, None]
     mask = mask.to(device)
     if first.trunk.config._attn_implementation == "eager":
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        mask = additive(mask, dtype)
 
     positions = (torch.arange(slots), torch.full((nodes,), slots))
 
@@ -198,79 +200,6 @@ def stacking_key(drafter: EagleDrafter) -> tuple[object, ...]:
     )
 
 
-def groups_of(drafters: Sequence[EagleDrafter]) -> list[tuple[int, ...]]:
-    """Indices of the drafters that run as one, group by group; what cannot be stacked is alone."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, drafter in enumerate(drafters):
-        groups.setdefault(stacking_key(drafter), []).append(index)
-    found: list[tuple[int, ...]] = []
-    for group in groups.values():
-        as_one = len(group) == 1 or kept_stack([drafters[i] for i in group]) is not None
-        found += [tuple(group)] if as_one else [(index,) for index in group]
-    return found
-
-
-class DraftHead:
-    """The target's LM head over the tokens that each drafter scores.
-
-    Args:
-        drafters: with equal [`stacking_key`]s.
-        target: whose head it is.
-    """
-
-    def __init__(self, drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> None:
-        self.device, self.dtype = drafters[0].device, drafters[0].dtype
-        self.vocab_size = drafters[0].config.vocab_size
-        head = target.get_output_embeddings()
-        self.full: nn.Module | None = None  # the whole head, where all tokens are scored
-        self.ids: torch.Tensor | None = None  # (D, scored) int64
-        self.weight: torch.Tensor | None = None  # (D, scored, hidden)
-        self.bias: torch.Tensor | None = None  # (D, 1, scored)
-        if drafters[0].draft_token_ids is None:
-            self.full = head
-            return
-        self.ids = torch.stack([drafter.draft_token_ids for drafter in drafters])
-        rows = self.ids.to(head.weight.device)
-        self.weight = head.weight.detach()[rows].to(self.device, self.dtype)
-        if getattr(head, "bias", None) is not None:
-            self.bias = head.bias.detach()[rows][:, None].to(self.device, self.dtype)
-
-    def row(self, row: int) -> DraftHead:
-        """The head of one of the drafters."""
-        one = copy.copy(self)
-        for name in ("ids", "weight", "bias"):
-            if (value := getattr(self, name)) is not None:
-                setattr(one, name, value[row : row + 1])
-        return one
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, n, scored), of the head's dtype, from (B, n, hidden); with one drafter, any B."""
-        # Of a slice with three dimensions torch would make a batched product, and copy the weight.
-        flat = hidden.flatten(0, 1)
-        if self.full is not None:
-            weight = self.full.weight
-            logits = self.full(flat.to(weight.device, weight.dtype)).to(self.device)
-            return logits.view(*hidden.shape[:2], -1)
-        if len(self.weight) == 1:
-            bias = None if self.bias is None else self.bias[0, 0]
-            return F.linear(flat, self.weight[0], bias).view(*hidden.shape[:2], -1)
-        logits = torch.bmm(hidden, self.weight.transpose(1, 2))
-        return logits if self.bias is None else logits + self.bias
-
-    def token_ids(self, scored: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, n, k) of positions among the scored tokens."""
-        if self.ids is None:
-            return scored
-        return self.ids.expand(len(scored), -1).gather(1, scored.flatten(1)).view_as(scored)
-
-    def over_vocabulary(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """(B, n, vocabulary) from (B, n, scored)."""
-        if self.ids is None:
-            return probabilities
-        full = probabilities.new_zeros(*probabilities.shape[:2], self.vocab_size)
-        return full.scatter_(2, self.ids[:, None].expand_as(probabilities), probabilities)
-
-
 @dataclass(frozen=True)
 class _Kept:
     """What was made of some modules.
@@ -299,20 +228,12 @@ def kept_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
     Returns:
         None if these drafters cannot be stacked.
     """
-    return _keep("stack", drafters, lambda: _tried_stack(drafters))
-
-
-def kept_head(drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> DraftHead:
-    """[`DraftHead`], made once for these models and again when their weights have changed."""
-    if drafters[0].draft_token_ids is None:
-        return DraftHead(drafters, target)
-    head = target.get_output_embeddings()
-    return _keep("head", [*drafters, head], lambda: DraftHead(drafters, target))
+    return keep("stack", drafters, lambda: _tried_stack(drafters))
 
 
 @torch.no_grad()
 def _tried_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
-    if not _alike(drafters):
+    if not _alike(drafters, are_drafters=True):
         return None
     stacked = stack(drafters)
     return stacked if _agrees(stacked, drafters) else None
@@ -337,7 +258,7 @@ def _state(modules: Sequence[nn.Module]) -> list[tuple]:
     return found
 
 
-def _keep(kind: str, modules: Sequence[nn.Module], make: Callable[[], _Made]) -> _Made:
+def keep(kind: str, modules: Sequence[nn.Module], make: Callable[[], _Made]) -> _Made:
     """What `make` gives, or gave when none of the modules' tensors was another."""
     state = _state(modules)
     key = (kind, *map(id, modules))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -163,7 +162,7 @@ def evaluate(options: EvaluateOptions) -> None:
     target, tokenizer = load_target(options.target, dtype, device, options.chat_template)
     drafters = _drafters(options, target, tokenizer)
     variants, averages = _variants(options, drafters)
-    weights = {name: _digest(drafter) for name, drafter in drafters.items()}
+    weights = {name: drafter.digest() for name, drafter in drafters.items()}
     figures.check_installed()
     _check_settings(options, weights, str(target.device))
     settings = {
@@ -364,14 +363,6 @@ def _check_settings(options: EvaluateOptions, weights: Mapping[str, str], device
         "python": platform.python_version(),
     }
     write_json(file, {"measured": settings, "provenance": provenance})
-
-
-def _digest(drafter: EagleDrafter) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(drafter.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _report(

@@ -1,8 +1,8 @@
-"""A drafter's dynamic trees along several records, grown at one position of each at a time.
+"""A feature drafter's trees along several records, grown at one position of each at a time.
 
 A tree at a position depends on nothing but the text before it, so the trees that are wanted in
-several records can be grown in one batch: the same trees as [`DynamicTree.grow`] gives one after
-the other, several times faster, since a level's rows share one pass over the drafter and the head.
+several records can be grown in one batch: the same trees as sessions grow one after the other,
+several times faster, since a level's rows share one pass over the drafter and the head.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from ..drafters.heads import expand, kept_head
 from ..drafters.modeling_eagle import EagleDrafter
-from ..drafters.session import DrafterSession
-from ..trees.growth import assemble, grow_dynamic
-from ..trees.shapes import DynamicTree
+from ..masks import additive
+from ..trees.growth import Expansion, assemble
+from ..trees.shapes import TreeShape
 from ..trees.tree import DraftTree
 from .records import Record
 
@@ -28,7 +29,7 @@ class Spot:
 
     Args:
         record: index of the record.
-        root: index of the root's token in it, 1 or more.
+        root: index of the root's token in it.
         max_depth: no node may lie deeper.
     """
 
@@ -51,12 +52,12 @@ class Forest:
         self,
         drafter: EagleDrafter,
         target: PreTrainedModel,
-        shape: DynamicTree,
+        shape: TreeShape,
         records: Sequence[Record],
     ) -> None:
         self.drafter, self.shape, self.records = drafter, shape, list(records)
         self._embedding = target.get_input_embeddings()
-        self._session = DrafterSession([drafter], target, with_entropy=True)
+        self._head = kept_head([drafter], target)
         slots, keys, values = [], [], []
         for record in records:
             cache = DynamicCache(config=drafter.trunk.config)
@@ -74,21 +75,33 @@ class Forest:
         self._context = tuple(pad_sequence(x, True).transpose(1, 2) for x in (keys, values))
 
     def grow(self, spots: Sequence[Spot]) -> list[DraftTree]:
-        """A tree, on the CPU, at each of some positions."""
+        """A tree, on the CPU, at each of some positions; of a text's first token the root alone."""
+        if any(spot.root < 1 for spot in spots):  # before it there is no feature
+            trees = iter(self.grow([spot for spot in spots if spot.root >= 1]))
+            return [self._bare(spot) if spot.root < 1 else next(trees) for spot in spots]
+        if not spots:
+            return []
         device = self.drafter.device
         rows = torch.tensor([spot.record for spot in spots], device=device)
         roots = torch.tensor([spot.root for spot in spots], device=device)
         hidden = torch.stack([self._slots[spot.record][spot.root - 1] for spot in spots])[:, None]
         length = int(roots.max())
         context = tuple(x[rows, :, :length] for x in self._context)
-        bundle = _Bundle(self, self._session, roots, context)
-        levels = grow_dynamic(bundle, hidden, self.shape.top_k, self.shape.depth)
+        bundle = _Bundle(self, roots, context)
+        levels = self.shape.grow(bundle, hidden, max(spot.max_depth for spot in spots))
         trees = []
         for row, spot in enumerate(spots):
             token = self.records[spot.record].tokens[spot.root : spot.root + 1].to(device)
             tree = assemble(levels[: spot.max_depth], row, token)
-            trees.append(tree.best(self.shape.num_nodes).to(torch.device("cpu")))
+            trees.append(self.shape.prune(tree).to(torch.device("cpu")))
         return trees
+
+    def _bare(self, spot: Spot) -> DraftTree:
+        return DraftTree.root(self.records[spot.record].tokens[spot.root : spot.root + 1], 1)
+
+    def expand(self, hidden: torch.Tensor, k: int) -> Expansion:
+        """K children of nodes with predicted features (B, F, hidden)."""
+        return expand(self._head, hidden, k, with_entropy=True)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The target's embeddings, where and as the drafter reads them."""
@@ -97,11 +110,10 @@ class Forest:
 
 
 class _Bundle:
-    """Drafting at a position of B records at once.
+    """Drafting at a position of B records at once (`growth.Drafting`).
 
     Args:
         forest: whose drafter it is.
-        session: for its head.
         roots: (B,) int64: indices of the trees' roots in their records.
         context: keys and values of the records' slots, up to the last root.
     """
@@ -109,12 +121,11 @@ class _Bundle:
     def __init__(
         self,
         forest: Forest,
-        session: DrafterSession,
         roots: torch.Tensor,
         context: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
         self.forest, self.drafter, self.roots = forest, forest.drafter, roots
-        self.expand = session.expand
+        self.expand = forest.expand
         self._cache = DynamicCache(config=self.drafter.trunk.config)
         self._cache.update(*context, 0)
         slots = torch.arange(context[0].shape[2], device=roots.device)
@@ -123,13 +134,11 @@ class _Bundle:
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int
     ) -> torch.Tensor:
-        """As [`DrafterSession.step`]."""
+        """As [`growth.Drafting.step`]."""
         width = tokens.shape[1]
         mask = torch.cat([self._past.expand(-1, width, -1), visible], dim=2)[:, None]
         if self.drafter.trunk.config._attn_implementation == "eager":
-            lowest = torch.finfo(self.drafter.dtype).min
-            zeros = torch.zeros_like(mask, dtype=self.drafter.dtype)
-            mask = zeros.masked_fill(~mask, lowest)
+            mask = additive(mask, self.drafter.dtype)
         return self.drafter(
             inputs_embeds=self.forest.embed(tokens),
             features=hidden,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.base import Drafter
 from ..trace import first_difference
 from .measurements import Cycles
 from .records import Record, RecordOptions, generate_seeded, seed_of
@@ -18,7 +18,7 @@ from .variants import Variant
 def run_live(
     record: Record,
     target: PreTrainedModel,
-    drafters: Mapping[str, EagleDrafter],
+    drafters: Mapping[str, Drafter],
     variants: Sequence[Variant],
     weights: Mapping[str, str],
     options: RecordOptions,

@@ -12,6 +12,7 @@ import torch
 
 from ..files import cut_off, starts_like
 from ..trees.tree import DraftTree
+from ..verification import Path as TreePath
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Cycles:
         chosen: indices (into the variant's drafters) of whose proposals were verified; empty where
             nothing was drafted.
         accepted_entropy: draft entropy (nats) of the distribution each accepted token came from,
-            the smallest of those drafters that proposed it.
+            the smallest of those drafters that proposed it; None where they have no distributions.
         rejected_entropy: the same where the walk left the tree, of all drafters with a node there;
             None where it could not go on because the tree ended, or the answer.
         accepted_target_entropy: entropy of the target's distributions at the accepted tokens.
@@ -52,7 +53,7 @@ class Cycles:
     accepted: list[int]
     nodes: list[int]
     chosen: list[list[int]]
-    accepted_entropy: list[list[float]]
+    accepted_entropy: list[list[float | None]]
     rejected_entropy: list[float | None]
     accepted_target_entropy: list[list[float]]
     rejected_target_entropy: list[float | None]
@@ -94,30 +95,22 @@ class CycleRecorder:
             )
         }
 
-    def add(
-        self,
-        tree: DraftTree,
-        chosen: Sequence[int],
-        copies: Sequence[Sequence[int]],
-        emitted: int,
-    ) -> None:
+    def add(self, tree: DraftTree, chosen: Sequence[int], path: TreePath) -> None:
         """Note a cycle.
 
         Args:
             tree: what was verified.
             chosen: whose proposals it holds.
-            copies: its accepted nodes from depth 1 on, each with all its copies.
-            emitted: tokens emitted.
+            path: what was emitted along it.
         """
         columns = self.columns
+        length, emitted = len(path.accepted), len(path.tokens)
         target = self.entropies[self.emitted :]
-        length = len(copies)
         columns["accepted"].append(length)
         columns["nodes"].append(len(tree) - 1)
         columns["chosen"].append(list(chosen))
-        columns["accepted_entropy"].append([_entropy(tree, nodes) for nodes in copies])
-        last = torch.tensor(copies[-1] if copies else [0])
-        children = torch.isin(tree.parents, last).nonzero().flatten().tolist()
+        columns["accepted_entropy"].append([_entropy(tree, [node]) for node in path.accepted])
+        children = (tree.parents == path.nodes[-1]).nonzero().flatten().tolist()
         rejected = bool(children) and emitted > length
         columns["rejected_entropy"].append(_entropy(tree, children) if rejected else None)
         columns["accepted_target_entropy"].append(target[:length])
@@ -126,10 +119,10 @@ class CycleRecorder:
         self.emitted += emitted
 
 
-def _entropy(tree: DraftTree, nodes: Sequence[int]) -> float:
-    """The smallest that any drafter had at any of the nodes."""
+def _entropy(tree: DraftTree, nodes: Sequence[int]) -> float | None:
+    """The smallest that any drafter had at any of the nodes; None if none had any."""
     values = tree.entropy[:, list(nodes)].flatten().tolist()
-    return min(value for value in values if not math.isnan(value))
+    return min((value for value in values if not math.isnan(value)), default=None)
 
 
 def overlap(tree: DraftTree, drafters: Sequence[int]) -> float:

@@ -187,6 +187,6 @@ def _flat(columns: Iterable[Sequence[object]]) -> Iterable[float]:
     for column in columns:
         for entry in column:
             if isinstance(entry, list):
-                yield from entry
+                yield from (value for value in entry if value is not None)
             elif entry is not None:
                 yield entry

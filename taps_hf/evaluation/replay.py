@@ -3,72 +3,162 @@
 A drafter's tree at a position depends on the text before it only, not on the cycles that led
 there. So all variants advance along a record together: at each position those that have their root
 there ask for the trees of their drafters, and each tree is grown once however many ask. Several
-records are replayed side by side, and what a drafter is asked for in all of them is grown in one
-batch ([`forest`]).
+records are replayed side by side, and what a feature drafter is asked for in all of them is grown
+in one batch ([`forest`]). Strategies live in a replay as in a generation. One that decides while
+trees grow shares none: its drafters grow them for it alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from ..drafters.base import Drafter, DraftRequest
+from ..drafters.ensemble import Ensemble
 from ..drafters.modeling_eagle import EagleDrafter
-from ..drafters.session import DrafterSession
-from ..strategies import CycleOutcome
-from ..trees.shapes import DynamicTree, TreeShape
+from ..strategies import GenerationContext
+from ..strategies.checks import check_asked, check_choice
+from ..strategies.costs import LearntCosts
+from ..target import LAST
+from ..trace import trace_cycle
+from ..trees.shapes import TreeShape
 from ..trees.tree import DraftTree
+from ..verification import Path
 from .forest import Forest, Spot
 from .measurements import CycleRecorder, Cycles
 from .records import Record
 from .variants import Variant
 
 
+class _Reader:
+    """Drafters that read a record as a generation would show it to them."""
+
+    def __init__(
+        self, drafters: Sequence[Drafter], target: PreTrainedModel, record: Record
+    ) -> None:
+        self._ensemble = Ensemble(drafters, target)
+        self._record = record
+        self._read = 0  # tokens
+
+    def propose(self, asked: Sequence[int], spot: Spot, request: DraftRequest) -> dict:
+        """Trees, by index, with the root at a position not before the last one's."""
+        record, read, self._read = self._record, self._read, spot.root + 1
+        known = record.features[max(read - 1, 0) : spot.root]  # before each token but the first
+        self._ensemble.observe(record.tokens[read : self._read], {LAST: known})
+        return self._ensemble.propose(asked, request)
+
+
+class _Grower(Protocol):
+    """Grows trees of one drafter."""
+
+    def grow(self, spots: Sequence[Spot]) -> list[DraftTree]:
+        """A tree, on the CPU, at each of some positions: the root alone if it proposes nothing."""
+
+
 class OneByOne:
-    """As [`Forest`], for any shape: trees are grown one after the other, at growing positions."""
+    """As [`Forest`], for any kind of drafter: trees are grown one after the other.
+
+    Args:
+        drafter: the drafter.
+        target: that it drafts for.
+        shape: of the trees.
+        records: of the target; in each, positions must grow.
+    """
 
     def __init__(
         self,
-        drafter: EagleDrafter,
+        drafter: Drafter,
         target: PreTrainedModel,
         shape: TreeShape,
         records: Sequence[Record],
     ) -> None:
-        self.shape, self.records = shape, list(records)
-        self._sessions = [DrafterSession([drafter], target, with_entropy=True) for _ in records]
-        self._fed = [0] * len(records)  # slots that each session has been given
+        self._shape, self._records = shape, list(records)
+        self._readers = [_Reader([drafter], target, record) for record in records]
 
     def grow(self, spots: Sequence[Spot]) -> list[DraftTree]:
         """As [`Forest.grow`]."""
         return [self._grow(spot) for spot in spots]
 
     def _grow(self, spot: Spot) -> DraftTree:
-        record, session = self.records[spot.record], self._sessions[spot.record]
-        fed, self._fed[spot.record] = self._fed[spot.record], spot.root
-        session.observe(record.tokens[fed + 1 : spot.root + 1], record.features[fed : spot.root])
-        token = record.tokens[spot.root : spot.root + 1].to(session.device)
-        (tree,) = self.shape.grow(session, token, spot.max_depth)
-        return tree.to(torch.device("cpu"))
+        root = self._records[spot.record].tokens[spot.root : spot.root + 1]
+        request = DraftRequest(root, self._shape, spot.max_depth, with_entropy=True)
+        trees = self._readers[spot.record].propose((0,), spot, request)
+        return trees.get(0, DraftTree.root(root, 1))
 
 
-_Source = tuple[str, TreeShape]  # whose trees, of which shape
+_Source = tuple[str, int]  # whose trees, of which of the replay's shapes
 
 
-@dataclass
 class _Run:
-    """One variant on its way through a record. `root` is the index of the last emitted token."""
+    """One variant on its way through a record.
 
-    variant: Variant
-    root: int
-    recorder: CycleRecorder
-    history: list[CycleOutcome] = field(default_factory=list)
+    Args:
+        variant: how it decodes.
+        record: what is replayed.
+        target: the record's.
+        drafters: by name.
+        shape: which of the replay's shapes the variant's is.
+    """
 
-    def drafters_to_run(self) -> tuple[int, ...]:
-        return tuple(
-            self.variant.strategy.drafters_to_run(len(self.variant.drafters), self.history)
-        )
+    def __init__(
+        self,
+        variant: Variant,
+        record: Record,
+        target: PreTrainedModel,
+        drafters: Mapping[str, Drafter],
+        shape: int,
+    ) -> None:
+        self.variant, self.record = variant, record
+        self.root = record.answer_start - 1  # index of the last emitted token
+        self.recorder = CycleRecorder(record.entropies)
+        self._shape = shape
+        self._vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        count = len(variant.drafters)
+        self._everyone = tuple(range(count))
+        self._strategy = variant.strategy.begin(GenerationContext(count, target.device, _no_costs))
+        self._asked: tuple[int, ...] = ()
+        self._reader: _Reader | None = None
+        if self._strategy.go_on is not None:
+            own = [drafters[name] for name in variant.drafters]
+            self._reader = _Reader(own, target, record)
+
+    def ask(self, max_depth: int) -> set[_Source]:
+        """Whose trees are wanted of those that variants share."""
+        self._asked = ()
+        if max_depth >= 1:
+            asked = self._strategy.ask(self._everyone)
+            self._asked = check_asked(self._strategy, asked, len(self._everyone))
+        return set() if self._reader else {self._source(index) for index in self._asked}
+
+    def _source(self, index: int) -> _Source:
+        return self.variant.drafters[index], self._shape
+
+    def advance(self, spot: Spot, grown: Mapping[_Source, DraftTree]) -> None:
+        """One cycle, with the trees of the drafters that were asked."""
+        count, root = len(self._everyone), self.record.tokens[spot.root : spot.root + 1]
+        if self._reader is None:
+            trees = {index: grown[self._source(index)] for index in self._asked}
+            trees = {i: tree.of_drafter(i, count) for i, tree in trees.items() if len(tree) > 1}
+        else:
+            shape, go_on = self.variant.tree, self._strategy.go_on
+            request = DraftRequest(root, shape, spot.max_depth, go_on, with_entropy=True)
+            trees = self._reader.propose(self._asked, spot, request) if self._asked else {}
+        tree, drafters = DraftTree.root(root, count), ()
+        if trees:
+            choice = self._strategy.compose(trees)
+            check_choice(self._strategy, choice, int(root), count, self._vocab_size, False)
+            tree, drafters = choice.tree, choice.drafters
+        path = _walk(tree, self.record.tokens[spot.root + 1 :])
+        self.recorder.add(tree, drafters, path)
+        self._strategy.observe(trace_cycle(tree, drafters, path))
+        self.root += len(path.tokens)
+
+
+def _no_costs() -> LearntCosts:
+    raise ValueError("A replay takes no time that could be measured: give the strategy its costs.")
 
 
 class _Walk:
@@ -76,16 +166,14 @@ class _Walk:
 
     Args:
         record: the record.
-        variants: to replay.
+        runs: of the variants.
         positions: how many the target has; None for no limit.
     """
 
-    def __init__(self, record: Record, variants: Sequence[Variant], positions: int | None) -> None:
-        self.record = record
-        start = record.answer_start - 1
-        self.runs = [_Run(variant, start, CycleRecorder(record.entropies)) for variant in variants]
+    def __init__(self, record: Record, runs: Sequence[_Run], positions: int | None) -> None:
+        self.record, self.runs = record, list(runs)
         self._positions = record.max_length if positions is None else positions
-        self._asked: list[tuple[_Run, tuple[int, ...]]] = []
+        self._here: list[_Run] = []
 
     @property
     def root(self) -> int:
@@ -104,29 +192,21 @@ class _Walk:
 
     def ask(self) -> set[_Source]:
         """Whose trees the variants at `root` want."""
-        root = self.root
-        nobody = self.max_depth < 1 or root < 1  # without a token before it there is no feature
-        self._asked = [
-            (run, () if nobody else run.drafters_to_run()) for run in self.runs if run.root == root
-        ]
-        return {
-            (run.variant.drafters[index], run.variant.tree)
-            for run, indices in self._asked
-            for index in indices
-        }
+        self._here = [run for run in self.runs if run.root == self.root]
+        depth = self.max_depth
+        return set().union(*(run.ask(depth) for run in self._here))
 
-    def advance(self, grown: Mapping[_Source, DraftTree]) -> None:
-        """One cycle of the variants that asked."""
-        for run, indices in self._asked:
-            sources = {index: (run.variant.drafters[index], run.variant.tree) for index in indices}
-            _cycle(run, self.record, {index: grown[source] for index, source in sources.items()})
+    def advance(self, spot: Spot, grown: Mapping[_Source, DraftTree]) -> None:
+        """One cycle of the variants at `root`."""
+        for run in self._here:
+            run.advance(spot, grown)
 
 
 @torch.no_grad()
 def replay(
     records: Sequence[Record],
     target: PreTrainedModel,
-    drafters: Mapping[str, EagleDrafter],
+    drafters: Mapping[str, Drafter],
     variants: Sequence[Variant],
     weights: Mapping[str, str],
 ) -> Iterator[list[Cycles]]:
@@ -141,33 +221,50 @@ def replay(
 
     Yields:
         the cycles of each variant, in their order, for one record after the other, as they end.
+
+    Raises:
+        ValueError: for drafters that read what records do not hold, and for strategies that would
+            measure costs.
     """
-    growers: dict[_Source, Forest | OneByOne] = {}
+    for name, drafter in drafters.items():
+        if set(drafter.reads_layers) - {LAST}:
+            raise ValueError(
+                f"Drafter {name!r} reads the target's layers {drafter.reads_layers}, but records "
+                "hold its last hidden states only."
+            )
+    shapes: list[TreeShape] = []
     for variant in variants:
-        for name in variant.drafters:
-            if (name, variant.tree) not in growers:
-                kind = Forest if type(variant.tree) is DynamicTree else OneByOne
-                grower = kind(drafters[name], target, variant.tree, records)
-                growers[name, variant.tree] = grower
+        if variant.tree not in shapes:
+            shapes.append(variant.tree)
     config = target.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
-    walks = [_Walk(record, variants, positions) for record in records]
+    walks = []
+    for record in records:
+        runs = [_Run(v, record, target, drafters, shapes.index(v.tree)) for v in variants]
+        walks.append(_Walk(record, runs, positions))
+    growers: dict[_Source, _Grower] = {}
     while pending := {i: walk for i, walk in enumerate(walks) if not walk.is_done}:
-        spots: dict[_Source, list[Spot]] = {}
+        here = {i: Spot(i, walk.root, walk.max_depth) for i, walk in pending.items()}
+        wanted: dict[_Source, list[Spot]] = {}
         for i, walk in pending.items():
             for source in walk.ask():
-                spots.setdefault(source, []).append(Spot(i, walk.root, walk.max_depth))
+                wanted.setdefault(source, []).append(here[i])
         grown: dict[int, dict[_Source, DraftTree]] = {i: {} for i in pending}
-        for source, wanted in spots.items():
-            for spot, tree in zip(wanted, growers[source].grow(wanted)):
+        for source, spots in wanted.items():
+            if source not in growers:
+                drafter = drafters[source[0]]
+                kind = Forest if isinstance(drafter, EagleDrafter) else OneByOne
+                growers[source] = kind(drafter, target, shapes[source[1]], records)
+            for spot, tree in zip(spots, growers[source].grow(spots)):
                 grown[spot.record][source] = tree
         for i, walk in pending.items():
-            walk.advance(grown[i])
+            walk.advance(here[i], grown[i])
             if walk.is_done:
-                yield [_cycles(run, walk.record, weights) for run in walk.runs]
+                yield [_cycles(run, weights) for run in walk.runs]
 
 
-def _cycles(run: _Run, record: Record, weights: Mapping[str, str]) -> Cycles:
+def _cycles(run: _Run, weights: Mapping[str, str]) -> Cycles:
+    record = run.record
     return Cycles(
         record=record.key,
         variant=run.variant.name,
@@ -180,55 +277,14 @@ def _cycles(run: _Run, record: Record, weights: Mapping[str, str]) -> Cycles:
     )
 
 
-def _cycle(run: _Run, record: Record, grown: Mapping[int, DraftTree]) -> None:
-    """One cycle of a variant, with the trees of the drafters that it asked."""
-    variant, root = run.variant, run.root
-    count = len(variant.drafters)
-    if grown:
-        trees = {index: _as_drafter(tree, index, count) for index, tree in grown.items()}
-        choice = variant.strategy.compose(trees, run.history)
-        tree, chosen = choice.tree, choice.drafters
-    else:
-        tree, chosen = DraftTree.root(record.tokens[root : root + 1], count), ()
-    copies = _walk(tree, record.tokens[root + 1 :].tolist())
-    emitted = min(len(copies) + 1, len(record.tokens) - 1 - root)
-    run.recorder.add(tree, chosen, copies, emitted)
-    if chosen:
-        origins = tuple(tree.proposers(nodes) for nodes in copies)
-        run.history.append(CycleOutcome(chosen, origins))
-    run.root = root + emitted
-
-
-def _as_drafter(tree: DraftTree, index: int, count: int) -> DraftTree:
-    """A tree grown by the only drafter, as the tree of one of several."""
-
-    def spread(values: torch.Tensor, at_root: float) -> torch.Tensor:
-        rows = values.new_full((count, values.shape[1]), torch.nan)
-        rows[index] = values[0]
-        rows[:, 0] = at_root
-        return rows
-
-    return replace(
-        tree,
-        confidence=spread(tree.confidence, 1.0),
-        path_confidence=spread(tree.path_confidence, 1.0),
-        entropy=spread(tree.entropy, torch.nan),
-    )
-
-
-def _walk(tree: DraftTree, tokens: Sequence[int]) -> list[list[int]]:
-    """The nodes that carry `tokens` from the root on, each with all its copies.
-
-    A tree that holds a path several times (concatenated trees) is walked along all copies at once.
-    """
-    children: dict[tuple[int, int], list[int]] = {}
-    for node, key in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist())):
-        children.setdefault(key, []).append(node)
-    copies: list[list[int]] = []
-    here = [0]
-    for token in tokens:
-        here = [child for node in here for child in children.get((node, token), ())]
-        if not here:
-            break
-        copies.append(here)
-    return copies
+def _walk(tree: DraftTree, tokens: torch.Tensor) -> Path:
+    """The way of the recorded tokens (n,) through a tree: at most one more than it holds."""
+    children = tree.children()
+    nodes, accepted = [0], []
+    for token in tokens.tolist():
+        node = children.get((nodes[-1], token))
+        if node is None:
+            return Path(nodes, accepted, tokens[: len(nodes)])
+        accepted.append(node)
+        nodes.append(node)
+    return Path(nodes[:-1], accepted, tokens)  # the answer ended inside of the tree

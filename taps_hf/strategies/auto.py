@@ -63,7 +63,7 @@ class Auto(Strategy):
         costs = self.costs if learnt is None else learnt.costs
         return _Running(self, costs, context, learnt)
 
-    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
         raise RuntimeError("Auto decides by what it learns in a generation; call `begin` first.")
 
 
@@ -149,21 +149,19 @@ class _Running(Strategy):
         """Tokens per second that this generation reaches, at least plain decoding's."""
         return max(self._tokens / self._seconds, 1.0 / self._plain)
 
-    def drafters_to_run(
-        self, num_drafters: int, history: Sequence[CycleOutcome]
-    ) -> tuple[int, ...]:
+    def ask(self, everyone: tuple[int, ...]) -> tuple[int, ...]:
         if self._pause:
             self._pause -= 1
             return ()
         due = len(self._looks) < 2 or self._since_look >= self.settings.explore - 1
         if due or self._misses >= 2:
-            self._asked = self._everyone
+            self._asked = everyone
             return self._asked
         self._asked = self._best_drafters()
         if self._asked:
             self._pauses = 0
         elif self._pauses == 0 and len(self._looks) < self._LOOKS_TO_GIVE_UP:
-            self._asked = self._everyone
+            self._asked = everyone
         else:  # drafting does not pay: come back later
             steps = min(self._FIRST_PAUSE * 2**self._pauses, self.settings.longest_pause)
             self._pause = steps - 1
@@ -181,7 +179,7 @@ class _Running(Strategy):
         self._grown = depth + worth
         return worth
 
-    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
         union = merge(list(trees.values()))
         probability = self._calibration.acceptance(union)
         order = torch.sort(probability[1:], descending=True, stable=True)
@@ -198,10 +196,10 @@ class _Running(Strategy):
     def observe(self, outcome: CycleOutcome) -> None:
         rows = 1 if self._tree is None else len(self._tree)
         seconds = self.costs.target_seconds(rows)
-        if self._learnt is not None and outcome.seconds is not None:
+        if self._learnt is not None and self._reads_levels:  # a CPU: cycles are timed
             drafted = () if self._union is None else self._asked
-            seconds_draft, seconds_target = outcome.seconds
-            self._learnt.observe(rows, seconds_target, drafted, self._grown, seconds_draft)
+            spent = (outcome.seconds_target, outcome.seconds_draft)
+            self._learnt.observe(rows, spent[0], drafted, self._grown, spent[1])
         if self._union is not None:
             draft = self.costs.draft(self._asked)
             seconds += draft.first + (self._grown - 1) * draft.level
@@ -212,10 +210,7 @@ class _Running(Strategy):
 
     def _learn(self, outcome: CycleOutcome) -> None:
         union, accepted = self._union, len(outcome.accepted)
-        children = {
-            pair: node
-            for node, pair in enumerate(zip(union.parents.tolist(), union.tokens.tolist()))
-        }
+        children = union.children()
         reached, hits = [0], []
         for token in outcome.tokens:
             node = children.get((reached[-1], token))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
+from ..trace import CycleTrace
 from ..trees.growth import GoOn
 from ..trees.tree import DraftTree
+from .costs import LearntCosts
 
-if TYPE_CHECKING:
-    from .costs import LearntCosts
+CycleOutcome = CycleTrace
+"""What a strategy hears of a cycle that is over."""
 
 
 @dataclass(frozen=True)
@@ -22,24 +24,6 @@ class Choice:
 
     tree: DraftTree
     drafters: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CycleOutcome:
-    """What an earlier cycle came to.
-
-    Args:
-        drafters: the drafters whose proposals were verified; none if none drafted.
-        accepted: for each accepted draft token, in order, the drafters that had proposed it.
-        tokens: the tokens emitted.
-        seconds: that drafting and the target's pass took; None on devices where to know it the host
-            would have to wait.
-    """
-
-    drafters: tuple[int, ...]
-    accepted: tuple[tuple[int, ...], ...]
-    tokens: tuple[int, ...] = ()
-    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +44,12 @@ class GenerationContext:
 class Strategy(ABC):
     """Composes the proposals of several drafters.
 
-    Strategies hold settings only, so that one object can serve many generations at once. What a
-    decision needs to remember about the running generation it reads from `history`; a strategy that
-    learns returns, from [`begin`], an object that does.
+    The life of a strategy in one generation: [`begin`], then in every cycle [`ask`], [`go_on`]
+    while trees grow, [`compose`], [`observe`]. In a cycle in which nothing can be drafted it only
+    observes; where nobody was asked, or had something to propose, it does not compose.
+
+    Strategies hold settings only, so that one object can serve many generations at once. One whose
+    decisions depend on earlier cycles returns, from [`begin`], an object that remembers them.
     """
 
     needs_entropy: ClassVar[bool] = False
@@ -70,16 +57,6 @@ class Strategy(ABC):
 
     tree_limits: ClassVar[tuple[int, int, int]] = (5, 8, 24)
     """Depth, top_k and num_nodes of each drafter's `DynamicTree` unless a `tree` is given."""
-
-    def begin(self, context: GenerationContext) -> Strategy:
-        """The strategy to ask in one generation: itself, unless it keeps a state."""
-        return self
-
-    def observe(self, outcome: CycleOutcome) -> None:  # noqa: B027 (most strategies keep no state)
-        """Hear what a cycle came to, also one in which nobody drafted."""
-
-    go_on: GoOn | None = None
-    """Asked while trees grow, after each level: whether another one is worth its time."""
 
     @property
     def supports_sampled_proposals(self) -> bool:
@@ -94,20 +71,28 @@ class Strategy(ABC):
     def check(self, num_drafters: int) -> None:  # noqa: B027 (most strategies take any number)
         """Raise `ValueError` if the strategy cannot work with this many drafters."""
 
-    def drafters_to_run(
-        self, num_drafters: int, history: Sequence[CycleOutcome]
-    ) -> tuple[int, ...]:
-        """Which drafters draft in this cycle: all, unless overridden."""
-        return tuple(range(num_drafters))
+    def begin(self, context: GenerationContext) -> Strategy:
+        """The strategy to ask in one generation: itself, unless it keeps a state."""
+        return self
+
+    def ask(self, everyone: tuple[int, ...]) -> tuple[int, ...]:
+        """Which of the drafters draft in this cycle: all, unless overridden."""
+        return everyone
+
+    go_on: GoOn | None = None
+    """Asked while trees grow, after each level: whether another one is worth its time."""
 
     @abstractmethod
-    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
         """Decide what is verified.
 
         Args:
-            trees: the tree of each drafter that ran, by the drafter's index.
-            history: the cycles so far, oldest first.
+            trees: by the drafter's index the tree of each one that was asked and had something to
+                propose: at least one.
         """
+
+    def observe(self, outcome: CycleOutcome) -> None:  # noqa: B027 (most strategies keep no state)
+        """Hear what a cycle came to, also one in which nobody drafted."""
 
 
 _REGISTRY: dict[str, type[Strategy]] = {}

@@ -22,7 +22,7 @@ def check_asked(strategy: Strategy, asked: Any, num_drafters: int) -> tuple[int,
     """
     if not _are_drafters(asked, num_drafters):
         raise ValueError(
-            f"{type(strategy).__name__}.drafters_to_run returned {asked!r}, expected distinct "
+            f"{type(strategy).__name__}.ask returned {asked!r}, expected distinct "
             f"indices from 0 to {num_drafters - 1}."
         )
     return tuple(asked)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from ..trees.tree import DraftTree, concatenate, merge
-from .base import Choice, CycleOutcome, Strategy, register_strategy
+from .base import Choice, Strategy, register_strategy
 
 
 @register_strategy("merged")
@@ -40,7 +40,7 @@ class Merged(Strategy):
         """A node budget would choose among sampled tokens."""
         return self.num_nodes is None
 
-    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
         ordered = list(trees.values())
         if self.packing == "union":
             tree = merge(ordered, self.num_nodes)

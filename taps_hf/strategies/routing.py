@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ..trees.tree import DraftTree
-from .base import Choice, CycleOutcome, Strategy, register_strategy
+from .base import Choice, GenerationContext, Strategy, register_strategy
 
 TIE = 1e-4
 """Scores that differ by no more are equal: a mean confidence, or nats of mean entropy.
@@ -24,6 +24,9 @@ more. A hundredth of a percent of confidence says nothing about which drafter is
 @dataclass(frozen=True)
 class _Routing(Strategy):
     """Verify the tree with the highest score.
+
+    Confidences are compared as the drafters give them. Between drafters of different kinds that
+    says more about how they count than about who is right: "auto" calibrates, routing does not.
 
     Among drafters whose scores are within [`TIE`] of the highest the first wins. Drafters that are
     certain of all they propose tie again and again, and without a rule rounding would choose among
@@ -44,19 +47,35 @@ class _Routing(Strategy):
     def score(self, tree: DraftTree) -> torch.Tensor:
         """(D,) float32, larger is better; NaN for drafters that proposed nothing in the tree."""
 
-    def drafters_to_run(
-        self, num_drafters: int, history: Sequence[CycleOutcome]
-    ) -> tuple[int, ...]:
-        if self.per == "prompt" and history:
-            return history[0].drafters
-        return super().drafters_to_run(num_drafters, history)
+    def begin(self, context: GenerationContext) -> Strategy:
+        return _OncePerPrompt(self) if self.per == "prompt" else self
 
-    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
         order = sorted(trees)
         scores = torch.stack([self.score(trees[index])[index] for index in order])
         scores = scores.nan_to_num(nan=-torch.inf)
         best = order[(scores >= scores.max() - TIE).tolist().index(True)]
         return Choice(trees[best], (best,))
+
+
+class _OncePerPrompt(Strategy):
+    """Routing that asks only the drafter that it chose first.
+
+    Args:
+        routing: how it chooses.
+    """
+
+    def __init__(self, routing: _Routing) -> None:
+        self._routing = routing
+        self._chosen: tuple[int, ...] = ()
+
+    def ask(self, everyone: tuple[int, ...]) -> tuple[int, ...]:
+        return self._chosen or everyone
+
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
+        choice = self._routing.compose(trees)
+        self._chosen = choice.drafters
+        return choice
 
 
 @register_strategy("confidence")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..trees.tree import DraftTree
-from .base import Choice, CycleOutcome, Strategy, register_strategy
+from .base import Choice, Strategy, register_strategy
 
 
 @register_strategy("single")
@@ -32,10 +32,8 @@ class Single(Strategy):
                 f"index from 0 to {num_drafters - 1}."
             )
 
-    def drafters_to_run(
-        self, num_drafters: int, history: Sequence[CycleOutcome]
-    ) -> tuple[int, ...]:
+    def ask(self, everyone: tuple[int, ...]) -> tuple[int, ...]:
         return (self.index,)
 
-    def compose(self, trees: Mapping[int, DraftTree], history: Sequence[CycleOutcome]) -> Choice:
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
         return Choice(trees[self.index], (self.index,))

@@ -32,7 +32,7 @@ class Expansion:
 
 
 class Drafting(Protocol):
-    """What grows trees: a [`DrafterSession`], or positions of several records at once."""
+    """What tells a growing tree's nodes: drafters at the end of a text, or at several places."""
 
     def expand(self, hidden: torch.Tensor, k: int) -> Expansion:
         """Children of nodes with predicted features (B, F, hidden)."""
@@ -40,7 +40,18 @@ class Drafting(Protocol):
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int
     ) -> torch.Tensor:
-        """Predicted features at the nodes of one level; see [`DrafterSession.step`]."""
+        """Run one level of nodes.
+
+        Args:
+            tokens: (B, F) int64: tokens of the nodes at `depth`.
+            hidden: (B, F, hidden): predicted features at their parents.
+            visible: (B, F, S) bool: which of the S tree slots run so far, these F last, each may
+                read.
+            depth: 1 for children of the root.
+
+        Returns:
+            (B, F, hidden): predicted features at the nodes.
+        """
 
 
 @dataclass
@@ -185,25 +196,18 @@ def grow_fixed(
     return levels
 
 
-def assemble(
-    levels: Sequence[Level], row: int, root: torch.Tensor, index: int = 0, num_drafters: int = 1
-) -> DraftTree:
-    """Tree `row` of the batch, with all its candidates.
+def assemble(levels: Sequence[Level], row: int, root: torch.Tensor) -> DraftTree:
+    """Tree `row` of the batch, with all its candidates, as proposed by one drafter.
 
     Args:
         levels: from depth 1 on.
         row: which tree.
         root: (1,) int64: its root's token.
-        index: its drafter.
-        num_drafters: number of drafters in this generation.
     """
 
-    def of_drafter(name: str, at_root: float) -> torch.Tensor:
-        values = torch.cat([getattr(level, name)[row] for level in levels])
-        full = values.new_full((num_drafters, len(values) + 1), torch.nan)
-        full[index, 1:] = values
-        full[:, 0] = at_root
-        return full
+    def of_nodes(name: str, at_root: float) -> torch.Tensor:
+        values = [getattr(level, name)[row] for level in levels]
+        return torch.cat([values[0].new_full((1,), at_root), *values])[None]
 
     parents = torch.cat([level.parents[row] for level in levels])
     depths = [torch.full_like(level.source, level.depth) for level in levels]
@@ -223,9 +227,9 @@ def assemble(
         tokens=torch.cat([root, *(level.tokens[row] for level in levels)]),
         parents=torch.cat([torch.full_like(root, -1), parents]),
         depths=torch.cat([torch.zeros_like(root), *depths]),
-        confidence=of_drafter("log_confidence", 0.0).exp(),
-        path_confidence=of_drafter("log_path", 0.0).exp(),
-        entropy=None if levels[0].entropy is None else of_drafter("entropy", torch.nan),
+        confidence=of_nodes("log_confidence", 0.0).exp(),
+        path_confidence=of_nodes("log_path", 0.0).exp(),
+        entropy=None if levels[0].entropy is None else of_nodes("entropy", torch.nan),
         proposals=proposals,
     )
 

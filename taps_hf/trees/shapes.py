@@ -10,17 +10,23 @@ from typing import ClassVar
 
 import torch
 
-from ..drafters.session import DrafterSession
-from .growth import GoOn, assemble, grow_dynamic, grow_fixed
+from .growth import Drafting, GoOn, Level, grow_dynamic, grow_fixed
 from .tree import DraftTree
 
 
 class TreeShape(ABC):
     """How a drafter's tree grows.
 
+    A shape says which nodes there are, and asks a [`Drafting`] for them; it knows nothing of
+    models. Drafters that do not grow level by level (n-grams) keep to its [`num_nodes`] and propose
+    what they have.
+
     `follows_tokens` says whether which nodes are grown or kept depends on the tokens proposed. Such
     shapes cannot be used with sampled proposals: keeping a sampled token *because* of what it is
     changes its distribution, and the rejection rule would no longer be exact.
+
+    A shape needs no `__hash__`. One with a `repr` that tells its settings is told from others in
+    the figures of an evaluation.
     """
 
     follows_tokens: ClassVar[bool]
@@ -35,20 +41,26 @@ class TreeShape(ABC):
 
     @abstractmethod
     def grow(
-        self,
-        session: DrafterSession,
-        root: torch.Tensor,
-        max_depth: int,
-        go_on: GoOn | None = None,
-    ) -> list[DraftTree]:
-        """Grow a tree for each drafter of `session.asked`, in that order.
+        self, drafting: Drafting, hidden: torch.Tensor, max_depth: int, go_on: GoOn | None = None
+    ) -> list[Level]:
+        """Grow B trees together.
+
+        The levels must not depend on `max_depth` but for how many they are: grown deeper and cut,
+        they are the same.
 
         Args:
-            session: the drafters; `session.has_context` holds.
-            root: (1,) int64: the last emitted token, on the drafters' device.
+            drafting: what proposes children and predicts features.
+            hidden: (B, 1, hidden): predicted features at the roots.
             max_depth: at least 1: no node may lie deeper.
             go_on: asked after each level whether another one is worth its time.
+
+        Returns:
+            the candidates of each level, from depth 1 on.
         """
+
+    def prune(self, tree: DraftTree) -> DraftTree:
+        """What is proposed of one tree with all its candidates: all of it, unless overridden."""
+        return tree
 
 
 @dataclass(frozen=True)
@@ -74,19 +86,12 @@ class DynamicTree(TreeShape):
             _check_positive(f"DynamicTree({name}=...)", getattr(self, name))
 
     def grow(
-        self,
-        session: DrafterSession,
-        root: torch.Tensor,
-        max_depth: int,
-        go_on: GoOn | None = None,
-    ) -> list[DraftTree]:
-        depth = min(self.depth, max_depth)
-        levels = grow_dynamic(session, session.begin(), self.top_k, depth, go_on)
-        session.end()
-        return [
-            assemble(levels, row, root, index, session.num_drafters).best(self.num_nodes)
-            for row, index in enumerate(session.asked)
-        ]
+        self, drafting: Drafting, hidden: torch.Tensor, max_depth: int, go_on: GoOn | None = None
+    ) -> list[Level]:
+        return grow_dynamic(drafting, hidden, self.top_k, min(self.depth, max_depth), go_on)
+
+    def prune(self, tree: DraftTree) -> DraftTree:
+        return tree.best(self.num_nodes)
 
 
 class FixedTree(TreeShape):
@@ -175,18 +180,9 @@ class FixedTree(TreeShape):
         return plan
 
     def grow(
-        self,
-        session: DrafterSession,
-        root: torch.Tensor,
-        max_depth: int,
-        go_on: GoOn | None = None,
-    ) -> list[DraftTree]:
-        levels = grow_fixed(session, session.begin(), self._plan[:max_depth], go_on)
-        session.end()
-        return [
-            assemble(levels, row, root, index, session.num_drafters)
-            for row, index in enumerate(session.asked)
-        ]
+        self, drafting: Drafting, hidden: torch.Tensor, max_depth: int, go_on: GoOn | None = None
+    ) -> list[Level]:
+        return grow_fixed(drafting, hidden, self._plan[:max_depth], go_on)
 
 
 def ChainTree(length: int) -> FixedTree:  # noqa: N802 (reads as the shape it makes)

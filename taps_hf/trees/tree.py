@@ -85,10 +85,38 @@ class DraftTree:
         """Depth of the deepest node (reads back from the device)."""
         return int(self.depths.max())
 
-    def proposers(self, nodes: list[int]) -> tuple[int, ...]:
-        """The drafters that proposed any of these nodes."""
-        known = ~self.confidence[:, nodes].isnan().all(dim=1)
-        return tuple(known.nonzero().flatten().tolist())
+    def proposers(self, node: int) -> tuple[int, ...]:
+        """The drafters that proposed a node."""
+        return tuple((~self.confidence[:, node].isnan()).nonzero().flatten().tolist())
+
+    def children(self) -> dict[tuple[int, int], int]:
+        """Nodes by parent and token, of copies the first (reads back from the device).
+
+        The root stands under (-1, its token).
+        """
+        found: dict[tuple[int, int], int] = {}
+        pairs = torch.stack([self.parents, self.tokens]).tolist()  # one read-back
+        for node, pair in enumerate(zip(*pairs)):
+            found.setdefault(pair, node)
+        return found
+
+    def of_drafter(self, index: int, num_drafters: int) -> DraftTree:
+        """A tree of a drafter alone as that of one among several: (1, N) become (D, N)."""
+        if num_drafters == 1:
+            return self
+
+        def spread(values: torch.Tensor, at_root: float) -> torch.Tensor:
+            rows = values.new_full((num_drafters, values.shape[1]), torch.nan)
+            rows[index] = values[0]
+            rows[:, 0] = at_root
+            return rows
+
+        return replace(
+            self,
+            confidence=spread(self.confidence, 1.0),
+            path_confidence=spread(self.path_confidence, 1.0),
+            entropy=None if self.entropy is None else spread(self.entropy, torch.nan),
+        )
 
     def ancestors(self) -> torch.Tensor:
         """(N, N) bool: entry [i, j] says that j lies on the path from the root to i, i included."""
@@ -180,9 +208,71 @@ def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree
     if len(trees) == 1:
         return trees[0] if num_nodes is None else trees[0].best(num_nodes)
 
-    packed = concatenate(trees)
-    # Level by level: nodes are the same when their parents are and their tokens are.
-    identity = torch.zeros_like(packed.tokens)  # (packed nodes,) index in the union
+    packed = _side_by_side(trees)
+    identity, nodes = _identify(packed)
+    proposals = None
+    if sampled:
+        p = packed.proposals
+        proposals = replace(p, parents=identity[p.parents], children=identity[p.children])
+    size = len(nodes)
+    union = DraftTree(
+        tokens=nodes[:, 1],
+        parents=nodes[:, 0],
+        depths=nodes[:, 2],
+        confidence=_combine(packed.confidence, identity, size),
+        path_confidence=_combine(packed.path_confidence, identity, size),
+        entropy=None if packed.entropy is None else _combine(packed.entropy, identity, size),
+        proposals=proposals,
+    )
+    return union if num_nodes is None else union.best(num_nodes)
+
+
+def concatenate(trees: Sequence[DraftTree]) -> DraftTree:
+    """The paper's packing (TAPS, appendix A.4): the trees side by side under the shared root.
+
+    What several drafters proposed is verified several times: siblings may carry equal tokens, and
+    depths are sorted within each tree only. The first of such copies stands for all: it says who
+    proposed it, and what follows any of them hangs below it. (The paper leaves each tree to itself;
+    the target computes the same at equal paths, so the tokens and the nodes are the same.)
+    """
+    _check_mergeable(trees)
+    packed = _side_by_side(trees)
+    identity, nodes = _identify(packed)
+    size, places = len(nodes), torch.arange(len(packed), device=packed.tokens.device)
+    first = places.new_full((size,), len(packed)).scatter_reduce(0, identity, places, "amin")
+    stands_for = first[identity]  # (packed nodes,): of each, the first of its copies
+    is_copy = stands_for != places
+
+    def combine(values: torch.Tensor) -> torch.Tensor:
+        return values.where(is_copy, _combine(values, identity, size)[:, identity])
+
+    parents = stands_for[packed.parents.clamp(min=0)]
+    parents[0] = -1
+    proposals = packed.proposals
+    if proposals is not None:
+        proposals = replace(
+            proposals,
+            parents=stands_for[proposals.parents],
+            children=stands_for[proposals.children],
+        )
+    return replace(
+        packed,
+        parents=parents,
+        confidence=combine(packed.confidence),
+        path_confidence=combine(packed.path_confidence),
+        entropy=None if packed.entropy is None else combine(packed.entropy),
+        proposals=proposals,
+    )
+
+
+def _identify(packed: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which nodes are the same: their parents are, and their tokens.
+
+    Returns:
+        (N,) int64: for each node its index in the union; (U, 3) int64: the union's parents, tokens
+        and depths.
+    """
+    identity = torch.zeros_like(packed.tokens)
     levels = [torch.zeros(1, 3, dtype=torch.long, device=packed.tokens.device)]
     token_bits = 32  # one number for both is sorted far faster than pairs are
     size = 1
@@ -194,39 +284,22 @@ def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree
         parents, tokens = unique >> token_bits, unique & ((1 << token_bits) - 1)
         levels.append(torch.stack([parents, tokens, torch.full_like(parents, depth)], dim=1))
         size += len(unique)
-    nodes = torch.cat(levels)  # (N, 3): parent, token, depth
+    nodes = torch.cat(levels)
     nodes[0] = torch.stack([nodes[0, 0] - 1, packed.tokens[0], nodes[0, 2]])
-
-    def combine(values: torch.Tensor) -> torch.Tensor:
-        # A drafter proposes a node at most once, so "the largest known" is "the only known".
-        out = values.new_full((values.shape[0], size), -torch.inf)
-        known = values.nan_to_num(nan=-torch.inf)
-        out = out.scatter_reduce(1, identity.expand_as(values), known, "amax")
-        return out.masked_fill(out == -torch.inf, torch.nan)
-
-    proposals = None
-    if sampled:
-        p = packed.proposals
-        proposals = replace(p, parents=identity[p.parents], children=identity[p.children])
-    union = DraftTree(
-        tokens=nodes[:, 1],
-        parents=nodes[:, 0],
-        depths=nodes[:, 2],
-        confidence=combine(packed.confidence),
-        path_confidence=combine(packed.path_confidence),
-        entropy=None if packed.entropy is None else combine(packed.entropy),
-        proposals=proposals,
-    )
-    return union if num_nodes is None else union.best(num_nodes)
+    return identity, nodes
 
 
-def concatenate(trees: Sequence[DraftTree]) -> DraftTree:
-    """The paper's packing (TAPS, appendix A.4): the trees side by side under the shared root.
+def _combine(values: torch.Tensor, identity: torch.Tensor, size: int) -> torch.Tensor:
+    """(D, size) from (D, N): of the nodes that are the same, what is known."""
+    # A drafter proposes a node at most once, so "the largest known" is "the only known".
+    out = values.new_full((values.shape[0], size), -torch.inf)
+    known = values.nan_to_num(nan=-torch.inf)
+    out = out.scatter_reduce(1, identity.expand_as(values), known, "amax")
+    return out.masked_fill(out == -torch.inf, torch.nan)
 
-    What several drafters proposed is verified several times, so here siblings may carry equal
-    tokens, and depths are sorted within each tree only.
-    """
-    _check_mergeable(trees)
+
+def _side_by_side(trees: Sequence[DraftTree]) -> DraftTree:
+    """The trees under their shared root, each with its own nodes."""
     first = trees[0]
     tokens, parents, depths = [first.tokens[:1]], [first.parents[:1]], [first.depths[:1]]
     confidence, path_confidence = [first.confidence[:, :1]], [first.path_confidence[:, :1]]

@@ -8,8 +8,11 @@ import torch
 
 from benchmarks.families import tiny_model
 from taps_hf import ChainTree, DynamicTree, EagleDrafter
-from taps_hf.drafters.session import DrafterSession
-from taps_hf.drafters.stacking import groups_of, kept_stack, stack, stacking_key
+from taps_hf.drafters.base import DraftRequest
+from taps_hf.drafters.ensemble import groups_of
+from taps_hf.drafters.session import EagleSession
+from taps_hf.drafters.stacking import kept_stack, stack, stacking_key
+from taps_hf.target import LAST
 
 from ..tiny import needs_family, prompt, tiny_drafters, tiny_target
 
@@ -53,19 +56,17 @@ def test_drafters_run_as_one_grow_the_trees_they_grow_apart(family, draft_vocab,
     """Whoever is asked, and whoever sat out before."""
     drafters = tiny_drafters(3, family, draft_vocab=draft_vocab)
     target = tiny_target(family)
-    together = DrafterSession(drafters, target, range(3), 3, with_entropy=True)
-    apart = [DrafterSession([d], target, [i], 3, with_entropy=True) for i, d in enumerate(drafters)]
+    together = EagleSession(drafters, target)
+    apart = [EagleSession([drafter], target) for drafter in drafters]
     tokens, features = context(family, 4 * len(rounds))
     for asked, chunk in zip(rounds, torch.arange(len(tokens)).split(4), strict=True):
         for session in (together, *apart):
-            session.observe(tokens[chunk], features[chunk])
-        root = tokens[chunk][-1:]
-        together.ask(asked)
-        trees = shape.grow(together, root, 4)
-        found = dict(zip(together.asked, trees))
-        assert len(trees) == (1 if len(asked) == 1 else 3)
+            session.observe(tokens[chunk], {LAST: features[chunk]})
+        request = DraftRequest(tokens[chunk][-1:], shape, 4, with_entropy=True)
+        found = together.propose(asked, request)
+        assert len(found) == (1 if len(asked) == 1 else 3)
         for index in asked:
-            (tree,) = shape.grow(apart[index], root, 4)
+            tree = apart[index].propose((0,), request)[0]
             assert torch.equal(found[index].tokens, tree.tokens)
             assert torch.equal(found[index].parents, tree.parents)
             for name in ("confidence", "path_confidence", "entropy"):
@@ -146,7 +147,7 @@ def test_a_stack_lives_no_longer_than_any_of_its_drafters(draft_vocab):
     target = tiny_target()
     drafters = [copy.deepcopy(d) for d in tiny_drafters(2, draft_vocab=draft_vocab)]
     for _ in range(12):
-        DrafterSession(drafters, target, range(2), 2)
+        EagleSession(drafters, target)
         assert kept() == (1 if draft_vocab is None else 2)
         drafters[1] = copy.deepcopy(drafters[1])  # the first stays, its partner goes
     gc.collect()
@@ -185,7 +186,7 @@ def test_what_cannot_be_stacked_runs_one_after_the_other(family, kwargs):
     drafters = wide_drafters(family, **kwargs)
     assert groups_of(drafters) == [(0,), (1,)]
     with pytest.raises(ValueError, match="cannot run as one"):
-        DrafterSession(drafters, tiny_model(family), range(2), 2)
+        EagleSession(drafters, tiny_model(family))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3", "apertus"])

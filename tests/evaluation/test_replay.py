@@ -23,16 +23,21 @@ WEIGHTS = {name: name for name in (*NAMES, "again")}
 
 
 class Alternating(Strategy):
-    """Asks one drafter after the other, and another one after a cycle without success."""
+    """Asks one drafter after the other: another one after a cycle without success."""
 
-    def drafters_to_run(self, num_drafters, history):
-        if not history:
-            return (0,)
-        last = history[-1]
-        return last.drafters if last.accepted else ((last.drafters[0] + 1) % num_drafters,)
+    def begin(self, context):
+        began = Alternating()
+        began.index = 0
+        return began
 
-    def compose(self, trees, history):
-        return Single(next(iter(trees))).compose(trees, history)
+    def ask(self, everyone):
+        return (everyone[self.index % len(everyone)],)
+
+    def compose(self, trees):
+        return Single(next(iter(trees))).compose(trees)
+
+    def observe(self, outcome):
+        self.index += bool(outcome.drafters) and not outcome.accepted
 
 
 def make(folder, temperature: float, family: str = "llama"):

@@ -13,6 +13,7 @@ from taps_hf import (
     DraftCost,
     DraftTree,
     DynamicTree,
+    EmittedToken,
     GenerationContext,
     SpeculativeDecoding,
 )
@@ -49,19 +50,27 @@ def chain(drafter: int, confidences: list[float], num_drafters: int = 2) -> Draf
     return DraftTree(tokens, index - 1, index, known, known.cumprod(dim=1))
 
 
+def outcome(drafters: tuple[int, ...], by: tuple[int, ...], tokens: tuple[int, ...]):
+    """A cycle in which tokens were emitted, the first ones proposed by one drafter each."""
+    own = (EmittedToken(token, None, (), (), ()) for token in tokens[len(by) :])
+    drafted = (EmittedToken(t, i, (d,), (1.0,), ()) for i, (t, d) in enumerate(zip(tokens, by), 1))
+    path = tuple(range(1, len(by) + 1))
+    return CycleOutcome(drafters, 9, path, (*drafted, *own), 1.0, 1.0, 0.0)
+
+
 def cycle(strategy, right: dict[int, int], confidences=(0.6, 0.6, 0.6)) -> tuple[int, ...]:
     """One cycle in which drafter d is right for `right[d]` tokens; returns who drafted."""
-    asked = strategy.drafters_to_run(2, [])
+    asked = strategy.ask((0, 1))
     if not asked:
-        strategy.observe(CycleOutcome((), (), (99,)))
+        strategy.observe(outcome((), (), (99,)))
         return ()
     trees = {index: chain(index, list(confidences)) for index in asked}
-    choice = strategy.compose(trees, [])
+    choice = strategy.compose(trees)
     verified = {index: int((~choice.tree.confidence[index, 1:].isnan()).sum()) for index in asked}
     best = max(asked, key=lambda index: min(right.get(index, 0), verified[index]))
     length = min(right.get(best, 0), verified[best])
     tokens = tuple(10 * best + 1 + i for i in range(length)) + (99,)
-    strategy.observe(CycleOutcome(choice.drafters, ((best,),) * length, tokens))
+    strategy.observe(outcome(choice.drafters, (best,) * length, tokens))
     return asked
 
 
@@ -70,11 +79,11 @@ def test_the_nodes_verified_are_those_with_the_largest_net_gain():
     generator = torch.Generator().manual_seed(0)
     for rows in (0.0, 0.01, 0.05, 0.2, 0.5, 2.0):
         strategy = running(costs(rows))
-        assert strategy.drafters_to_run(2, []) == (0, 1)
+        assert strategy.ask((0, 1)) == (0, 1)
         values = torch.rand(2, 5, generator=generator)
         values[:, 0] /= 2  # both cannot be surer: no more than one of the root's children is right
         trees = {i: chain(i, values[i].tolist()) for i in range(2)}
-        tree = strategy.compose(trees, []).tree
+        tree = strategy.compose(trees).tree
         paths = sorted(values.cumprod(1).flatten().tolist(), reverse=True)
         price = strategy._CAUTION * strategy.rate
         nets = [sum(paths[:n]) - price * (1.0 + rows * n) for n in range(11)]
@@ -85,9 +94,9 @@ def test_the_nodes_verified_are_those_with_the_largest_net_gain():
 
 def test_trees_may_be_larger_than_any_that_was_measured():
     strategy = running(costs(0.0))
-    strategy.drafters_to_run(2, [])
+    strategy.ask((0, 1))
     trees = {i: chain(i, [0.99] * 200) for i in range(2)}
-    assert len(strategy.compose(trees, []).tree) == 401
+    assert len(strategy.compose(trees).tree) == 401
 
 
 def test_free_drafts_are_taken_and_dear_ones_are_not():
@@ -163,10 +172,10 @@ def test_a_drafter_that_brings_less_than_its_nodes_cost_does_not_run():
 
 def test_a_level_is_grown_if_it_is_likely_to_be_reached():
     strategy = running(costs(0.01, draft=0.3))
-    strategy.drafters_to_run(2, [])
+    strategy.ask((0, 1))
     assert strategy.go_on(1, torch.tensor([[0.9, 0.05]]).log().expand(2, -1)) is False  # 0.6 s
     cheap = running(costs(0.01, draft=0.05))
-    cheap.drafters_to_run(2, [])
+    cheap.ask((0, 1))
     assert cheap.go_on(1, torch.tensor([[0.9, 0.05]]).log())
     assert not cheap.go_on(2, torch.tensor([[0.02, 0.01]]).log())
 
@@ -177,7 +186,7 @@ def test_a_cycle_in_which_nobody_was_asked_teaches_nothing():
     for _ in range(5):
         cycle(strategy, {0: 3})
     before = (strategy._calibration._accepted.clone(), list(strategy._looks))
-    strategy.observe(CycleOutcome((), (), (1,)))
+    strategy.observe(outcome((), (), (1,)))
     assert torch.equal(strategy._calibration._accepted, before[0])
     assert list(strategy._looks) == before[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -22,12 +23,20 @@ class Custom(taps_hf.Strategy):
     def __init__(self, change=lambda choice: choice, asked=(0, 1)):
         self.change, self.asked = change, asked
 
-    def drafters_to_run(self, num_drafters, history):
-        return (0, 1) if len(history) < 2 else self.asked
+    def begin(self, context):
+        began = copy.copy(self)
+        began.cycles = 0
+        return began
 
-    def compose(self, trees, history):
+    def ask(self, everyone):
+        return everyone if self.cycles < 2 else self.asked
+
+    def compose(self, trees):
         choice = Choice(taps_hf.merge(list(trees.values())), tuple(trees))
-        return self.change(choice) if len(history) == 2 else choice
+        return self.change(choice) if self.cycles == 2 else choice
+
+    def observe(self, outcome):
+        self.cycles += 1
 
 
 def generate(strategy: taps_hf.Strategy, **kwargs) -> torch.Tensor:
@@ -87,7 +96,7 @@ def test_a_broken_choice_names_the_strategy_and_what_it_broke(change, message: s
 
 @pytest.mark.parametrize("asked", [(2,), (-1,), (0, 0), 1, None, "01", (0.0,)])
 def test_drafters_that_are_not_there(asked):
-    with pytest.raises(ValueError, match=r"Custom\.drafters_to_run returned .*from 0 to 1"):
+    with pytest.raises(ValueError, match=r"Custom\.ask returned .*from 0 to 1"):
         generate(Custom(asked=asked))
 
 
@@ -124,12 +133,16 @@ class OwnProposals(taps_hf.Strategy):
     def __init__(self, continuation: list[int]):
         self.continuation = continuation
 
-    def compose(self, trees, history):
-        done = sum(len(cycle.tokens) for cycle in history)
-        path = [int(trees[0].tokens[0]), *self.continuation[done : done + 3], 5, 6, 7]
+        self.done = 0
+
+    def compose(self, trees):
+        path = [int(trees[0].tokens[0]), *self.continuation[self.done : self.done + 3], 5, 6, 7]
         nodes = torch.arange(len(path))
         ones = torch.full((2, len(path)), 0.5)
         return Choice(DraftTree(torch.tensor(path), nodes - 1, nodes, ones, ones), [1])
+
+    def observe(self, outcome):
+        self.done += len(outcome.tokens)
 
 
 def test_proposals_of_a_strategys_own_are_exact():

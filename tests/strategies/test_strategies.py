@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -8,14 +10,13 @@ from taps_hf import (
     ChainTree,
     Choice,
     Confidence,
-    CycleOutcome,
     DraftTree,
     Entropy,
+    GenerationContext,
     Merged,
     Single,
     Strategy,
     TreeCandidateGenerator,
-    TreeShape,
     concatenate,
     list_strategies,
     merge,
@@ -23,6 +24,7 @@ from taps_hf import (
 )
 from taps_hf.strategies import base, get_strategy
 from taps_hf.strategies.routing import TIE
+from taps_hf.target import LAST
 
 from ..tiny import prompt, tiny_drafters, tiny_target
 
@@ -66,7 +68,7 @@ def test_the_strategies_are_registered():
 def test_register_and_look_up():
     @register_strategy("last")
     class Last(Strategy):
-        def compose(self, trees, history):
+        def compose(self, trees):
             index = max(trees)
             return Choice(trees[index], (index,))
 
@@ -97,8 +99,8 @@ def test_single_uses_its_drafter_only():
     for index in range(3):
         strategy = Single(index)
         strategy.check(3)
-        assert strategy.drafters_to_run(3, []) == (index,)
-        choice = strategy.compose({index: trees[index]}, [])
+        assert strategy.ask((0, 1, 2)) == (index,)
+        choice = strategy.compose({index: trees[index]})
         assert choice.tree is trees[index]
         assert choice.drafters == (index,)
     for index in (-1, 3):
@@ -117,13 +119,13 @@ ROUTED = {
 @pytest.mark.parametrize(("strategy", "best"), [(Confidence(), 1), (Entropy(), 0)])
 def test_routing_takes_the_tree_with_the_best_mean(strategy, best):
     for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        choice = strategy.compose({i: ROUTED[i] for i in order}, [])
+        choice = strategy.compose({i: ROUTED[i] for i in order})
         assert choice.tree is ROUTED[best]
         assert choice.drafters == (best,)
     without = {i: tree for i, tree in ROUTED.items() if i != best}
-    assert strategy.compose(without, []).drafters == (2,)  # second best by either score
+    assert strategy.compose(without).drafters == (2,)  # second best by either score
     strategy.check(1)
-    assert strategy.drafters_to_run(3, []) == (0, 1, 2)
+    assert strategy.ask((0, 1, 2)) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("strategy", [Confidence(), Entropy()])
@@ -145,29 +147,24 @@ def test_the_first_of_the_drafters_that_tie_within_rounding_is_routed_to(strateg
     ):
         trees = scored(means)
         for order in (trees, reversed(trees)):
-            assert strategy.compose({i: trees[i] for i in order}, []).drafters == (first,), means
+            assert strategy.compose({i: trees[i] for i in order}).drafters == (first,), means
+
+
+CONTEXT = GenerationContext(3, torch.device("cpu"), costs=None)
 
 
 @pytest.mark.parametrize("kind", [Confidence, Entropy])
 def test_routing_per_prompt_sticks_with_the_first_decision(kind):
-    history = [CycleOutcome((1,), ()), CycleOutcome((0,), ((0,),))]
-    assert kind("prompt").drafters_to_run(3, []) == (0, 1, 2)
-    assert kind("prompt").drafters_to_run(3, history) == (1,)
-    assert kind("cycle").drafters_to_run(3, history) == (0, 1, 2)
-
-
-class Recording(TreeShape):
-    """A chain that notes which drafters it is grown by."""
-
-    follows_tokens = False
-
-    def __init__(self):
-        self.ran = []
-
-    def grow(self, session, root, max_depth, go_on=None):
-        trees = ChainTree(2).grow(session, root, max_depth, go_on)
-        self.ran += session.asked
-        return trees
+    settings = kind("prompt")
+    for best, first in ((1 if kind is Confidence else 0, ROUTED), (2, {2: ROUTED[2]})):
+        strategy = settings.begin(CONTEXT)
+        assert strategy.ask((0, 1, 2)) == (0, 1, 2)
+        assert strategy.compose(first).drafters == (best,)
+        assert strategy.ask((0, 1, 2)) == (best,)
+        assert strategy.compose({0: ROUTED[0]}).drafters == (0,)
+    always = kind("cycle").begin(CONTEXT)
+    always.compose(ROUTED)
+    assert always.ask((0, 1, 2)) == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -181,24 +178,26 @@ class Recording(TreeShape):
     ],
 )
 def test_only_the_drafters_asked_for_run(strategy, later):
-    shape = Recording()
-    target = tiny_target()
-    generator = TreeCandidateGenerator(target, tiny_drafters(3), strategy, shape)
+    target, drafters = tiny_target(), [copy.deepcopy(d) for d in tiny_drafters(3)]
+    run = set()
+    for index, drafter in enumerate(drafters):
+        # A hook keeps a drafter out of stacks, so that each runs by itself.
+        drafter.register_forward_hook(lambda *_, index=index: run.add(index))
+    generator = TreeCandidateGenerator(target, drafters, strategy, ChainTree(2))
     ids = prompt(12)
-    ran = []
+    ran, chosen = [], []
     with torch.no_grad():
         features = target.base_model(ids).last_hidden_state[0]
         for start in range(0, 9, 3):
-            generator.observe(ids[0, start + 1 : start + 4], features[start : start + 3])
-            choice = generator.propose(ids[:, start + 3], max_depth=4)
-            generator.record(CycleOutcome(choice.drafters, ()))
-            ran.append(shape.ran)
-            shape.ran = []
+            tokens = ids[0, start + 1 : start + 4]
+            generator.observe(tokens, {LAST: features[start : start + 3]})
+            chosen.append(generator.propose(ids[:, start + 3], max_depth=4).drafters)
+            ran.append(sorted(run))
+            run.clear()
     if later is None:
         assert ran[0] == [0, 1, 2]
-        first = list(generator.history[0].drafters)
-        assert len(first) == 1
-        assert ran[1:] == [first, first]
+        assert len(chosen[0]) == 1
+        assert ran[1:] == [list(chosen[0])] * 2
     else:
         assert ran == [later] * 3
 
@@ -214,22 +213,22 @@ def test_merged_verifies_what_all_proposed():
                 getattr(choice.tree, name), getattr(tree, name), equal_nan=True
             )
 
-    same(Merged().compose(trees, []), merge(ordered))
-    same(Merged(packing="concatenate").compose(trees, []), concatenate(ordered))
+    same(Merged().compose(trees), merge(ordered))
+    same(Merged(packing="concatenate").compose(trees), concatenate(ordered))
     for budget in (1, 3, 9):
-        union = Merged(budget).compose(trees, [])
+        union = Merged(budget).compose(trees)
         same(union, merge(ordered).best(budget))
         assert len(union.tree) == 1 + min(budget, 5)
-        packed = Merged(budget, "concatenate").compose(trees, [])
+        packed = Merged(budget, "concatenate").compose(trees)
         same(packed, concatenate(ordered).best(budget))
     Merged().check(1)
-    assert Merged().drafters_to_run(3, []) == (0, 1, 2)
+    assert Merged().ask((0, 1, 2)) == (0, 1, 2)
 
 
 def test_merged_counts_duplicates_once_only_in_the_union():
     trees = {i: chain(0, [0.5, 0.5], [0, 0]) for i in range(2)}
-    assert len(Merged().compose(trees, []).tree) == 3
-    assert len(Merged(packing="concatenate").compose(trees, []).tree) == 5
+    assert len(Merged().compose(trees).tree) == 3
+    assert len(Merged(packing="concatenate").compose(trees).tree) == 5
 
 
 @pytest.mark.parametrize("kind", [Confidence, Entropy])
@@ -264,7 +263,8 @@ def test_entropies_are_asked_for_where_they_are_read():
         generator = TreeCandidateGenerator(tiny_target(), tiny_drafters(2), strategy, tree)
         ids = prompt(4)
         with torch.no_grad():
-            generator.observe(ids[0, 1:], tiny_target().base_model(ids).last_hidden_state[0, :-1])
+            features = tiny_target().base_model(ids).last_hidden_state[0, :-1]
+            generator.observe(ids[0, 1:], {LAST: features})
             found = generator.propose(ids[:, -1], 2).tree.entropy
         assert (found is not None) == isinstance(strategy, Entropy) == strategy.needs_entropy
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from taps_hf import EagleDrafter
-from taps_hf.drafters.session import DrafterSession
+from taps_hf import ChainTree, EagleDrafter, TreeShape
+from taps_hf.drafters.base import DraftRequest
+from taps_hf.target import LAST
 from taps_hf.training.features import features_of
 from taps_hf.training.objectives import (
     IGNORED,
@@ -26,18 +27,32 @@ def slots_of(target, ids):
     return target.get_input_embeddings()(ids[:, 1:-1]), features[:, :-1]
 
 
+class Forced(TreeShape):
+    """A chain of given tokens (1, n), whose predicted features are noted."""
+
+    follows_tokens = False
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def grow(self, drafting, hidden, max_depth, go_on=None):
+        self.hidden = [hidden]
+        for level in range(1, max_depth):
+            visible = torch.ones(1, 1, level, dtype=torch.bool)
+            token = self.tokens[:, level - 1 : level]
+            self.hidden.append(drafting.step(token, self.hidden[-1], visible, level))
+        return ChainTree(1).grow(drafting, hidden, 1)
+
+
 @torch.no_grad()
 def drafted(target, drafter, ids, root: int, depth: int) -> list[torch.Tensor]:
     """Predictions along a chain of true tokens from a root slot, by the code that drafts."""
-    session = DrafterSession([drafter], target)
+    shape = Forced(ids[:, root + 2 : root + depth + 1])
+    session = drafter.start([drafter], target)
     features = features_of(target, ids)[0]
-    session.observe(ids[0, 1 : root + 2], features[: root + 1])
-    hidden = [session.begin()]
-    for level in range(1, depth):
-        visible = torch.ones(1, 1, level, dtype=torch.bool)
-        token = ids[:, root + level + 1][None]
-        hidden.append(session.step(token, hidden[-1], visible, level))
-    return [x[0, 0] for x in hidden]
+    session.observe(ids[0, 1 : root + 2], {LAST: features[: root + 1]})
+    session.propose((0,), DraftRequest(ids[0, root + 1 : root + 2], shape, depth))
+    return [x[0, 0] for x in shape.hidden]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from taps_hf import ChainTree, DynamicTree, FixedTree, TreeShape
-from taps_hf.drafters.session import DrafterSession
+from taps_hf.drafters.base import DraftRequest
+from taps_hf.drafters.heads import expand, kept_head
+from taps_hf.target import LAST
 
 from ..tiny import VOCAB, prompt, tiny_drafters, tiny_target
 
@@ -28,15 +30,10 @@ class Reference:
         self.root = ids[0, -1:]
         self.hidden = {(): self._run(self.tokens, self.features)}
 
-    def session(self, **kwargs) -> DrafterSession:
-        session = DrafterSession([self.drafter], self.target, **kwargs)
-        session.observe(self.tokens, self.features)
-        return session
-
-    @torch.no_grad()
     def grow(self, shape: TreeShape, max_depth: int = 99, **kwargs):
-        (tree,) = shape.grow(self.session(**kwargs), self.root, max_depth)
-        return tree
+        session = self.drafter.start([self.drafter], self.target)
+        session.observe(self.tokens, {LAST: self.features})
+        return session.propose((0,), DraftRequest(self.root, shape, max_depth, **kwargs))[0]
 
     @torch.no_grad()
     def _run(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -149,11 +146,7 @@ def test_shapes_against_ranks(shape, draft_vocab, max_depth):
 
 
 def test_another_drafters_rows_are_unknown():
-    reference = Reference()
-    session = DrafterSession([reference.drafter], reference.target, [1], 3, with_entropy=True)
-    session.observe(reference.tokens, reference.features)
-    with torch.no_grad():
-        (tree,) = DynamicTree().grow(session, reference.root, 3)
+    tree = Reference().grow(DynamicTree(), 3, with_entropy=True).of_drafter(1, 3)
     for values in (tree.confidence, tree.path_confidence, tree.entropy):
         assert values.shape == (3, len(tree))
         assert values[[0, 2], 1:].isnan().all()
@@ -206,9 +199,9 @@ def test_children_are_draws_without_replacement():
     draws = 20_000
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        session = reference.session(sample_temperature=3.0)
-        hidden = session.begin().expand(-1, draws, -1)
-        (tokens,) = session.expand(hidden, 2).tokens
+        head = kept_head([reference.drafter], reference.target)
+        hidden = reference.hidden_at(()).expand(1, draws, -1)
+        (tokens,) = expand(head, hidden, 2, sample_temperature=3.0).tokens
     pairs = list(itertools.permutations(q, 2))
     first = torch.tensor([float((tokens[:, 0] == a).sum()) for a in q])
     both = torch.tensor(

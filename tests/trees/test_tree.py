@@ -219,20 +219,27 @@ def test_merge_is_associative_and_idempotent(some):
 @quick
 @given(several_tries())
 def test_concatenate_places_the_trees_side_by_side(some):
+    """Every tree's nodes in their order; of equal paths the first says what all drafters said."""
     packed = concatenate(trees_of(some))
     assert len(packed) == 1 + sum(map(len, some))
     paths = paths_of(packed)[1:]
-    start = 0
-    for drafter, trie in enumerate(some):
-        assert paths[start : start + len(trie)] == list(trie)
-        nodes = slice(start + 1, start + 1 + len(trie))
-        expected = [[c, value(trie, path), h] for path, (c, h) in trie.items()]
-        columns = (packed.confidence, packed.path_confidence, packed.entropy)
-        found = torch.stack([x[drafter, nodes] for x in columns], dim=1)
-        assert found.tolist() == expected
-        others = [i for i in range(len(some)) if i != drafter]
-        assert packed.confidence[others, nodes].isnan().all()
-        start += len(trie)
+    assert paths == [path for trie in some for path in trie]
+    columns = (packed.confidence, packed.path_confidence, packed.entropy)
+    seen = set()
+    for node, path in enumerate(paths, start=1):
+        parent = paths[packed.parents[node] - 1] if packed.parents[node] else ()
+        assert parent == path[:-1]
+        if path[:-1]:  # what follows a path hangs below its first copy
+            assert paths.index(path[:-1]) + 1 == packed.parents[node]
+        owner = next(d for d, trie in enumerate(some) if node <= sum(map(len, some[: d + 1])))
+        for drafter, trie in enumerate(some):
+            found = [float(x[drafter, node]) for x in columns]
+            if drafter == owner or (path in trie and path not in seen):
+                c, h = trie[path]
+                assert found == [c, value(trie, path), h]
+            else:
+                assert all(map(math.isnan, found))
+        seen.add(path)
 
 
 @quick
