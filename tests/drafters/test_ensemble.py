@@ -87,7 +87,7 @@ def test_a_conversation_that_goes_on_from_further_up(back):
     first = generate(prompt(9), drafters)
     kept = first.sequences.shape[1] - 1 - back
     first[CACHE].crop(-back)
-    # What stands next is what stood there: its slot is known. (Of another token it would be missing.)
+    # What stands next is what stood there: its slot is known (another token's would be missing).
     other = torch.cat([first.sequences[:, : kept + 1], prompt(6, seed=5)], dim=1)
     second = generate(other, drafters, **{CACHE: first[CACHE]})
     assert cycles(second) == cycles(generate(other, drafters))
