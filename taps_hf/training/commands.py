@@ -11,6 +11,7 @@ from ..checks import check_device, set_threads
 from ..embedded import EMBEDDED_TARGET
 from ..loading import EMBEDDED, check_target, load_target
 from .conversations import DataSource
+from .distributed import parting
 from .features import FeatureStore
 from .options import TrainOptions, add_options, train_options
 from .regenerate import RegenerateOptions, check_answers, regenerate
@@ -96,4 +97,5 @@ def _train(options: argparse.Namespace) -> None:
     from .train import train  # transformers' Trainer is slow to import
 
     given = {k: v for k, v in vars(options).items() if k not in ("run", "recipe")}
-    train(train_options(given, options.recipe))
+    with parting():
+        train(train_options(given, options.recipe))
