@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from prompts import Prompt, read_prompts
-from results import Results, Row, markdown
+from results import Results, Row, markdown, read_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import taps_hf
@@ -35,6 +35,7 @@ from taps_hf.embedded import (
     load_embedded_target,
     load_embedded_tokenizer,
 )
+from taps_hf.files import check_writable
 from taps_hf.trace import first_difference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,6 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     prompts = [prompt for spec in options.prompts for prompt in read_prompts(spec)]
     set_threads(options.threads)
+    if options.out is not None:  # before models are loaded
+        check_writable(options.out)
+        if options.out.exists():
+            read_results(options.out)
     model, tokenizer = load_target(options.target, options.dtype, options.device)
     dtype = model.dtype
     drafters = load_drafters(options.drafters, options.drafter_dtype, model.device)

@@ -324,6 +324,30 @@ def test_results_are_never_half_written(tmp_path, monkeypatch):
     assert Results(file, {"dtype": "float32"}).rows == [row()]
 
 
+def test_a_file_that_another_run_has_changed_stays(tmp_path):
+    file = tmp_path / "results.json"
+    results, other = Results(file, {}), Results(file, {})
+    other.add([row()])
+    with pytest.raises(ValueError, match="was changed meanwhile"):
+        results.add([row(prompt="g:2:0")])
+    assert Results(file, {}).rows == [row()]
+    other.add([row(prompt="g:2:0")])
+    assert len(Results(file, {}).rows) == 2
+
+
+def test_files_of_anything_else_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "load_target", None)
+    (tmp_path / "file").write_text("mine")
+    for out, message in [
+        (tmp_path / "file", "is no file of results"),
+        (tmp_path, "is no file of results"),
+        (tmp_path / "file" / "a", "file is no folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decode.main(["--out", str(out)])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_fingerprints_follow_the_weights():
     one, other = tiny_drafters()
     assert decode._fingerprint(one) == decode._fingerprint(one)

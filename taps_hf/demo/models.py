@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import named_paths
 from ..drafters.modeling_eagle import EagleDrafter
 from ..embedded import EMBEDDED_TARGET
 from ..generation import SpeculativeDecoding
@@ -47,12 +48,8 @@ class ModelSpec:
         """
         if not target.strip():
             raise ValueError("No target was named; give a folder, a Hub name, or `embedded`.")
-        named = [tuple(part.strip() for part in entry.split("=", 1)) for entry in drafters]
-        if not named or not all(len(pair) == 2 and all(pair) for pair in named):
-            raise ValueError(f"Drafters are {list(drafters)}; give each as NAME=PATH.")
-        if len({name for name, _ in named}) < len(named):
-            raise ValueError(f"Drafters are {list(drafters)}; give each a name of its own.")
-        return cls(target.strip(), tuple(named), dtype, device)
+        named = named_paths(drafters, "drafters")
+        return cls(target.strip(), tuple(named.items()), dtype, device)
 
 
 @dataclass(frozen=True)

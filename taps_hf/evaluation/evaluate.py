@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -147,6 +148,9 @@ def evaluate(options: EvaluateOptions) -> None:
             and if `out` was measured with other settings or holds other things.
     """
     records = options.records or options.out / "records"
+    if records.resolve() == options.out.resolve():
+        raise ValueError(f"`records` and `out` are both {records}; expected different folders.")
+    _measured_with(options.out)
     for folder in (options.out, records):
         check_begun(folder, "settings.json")
     set_threads(options.threads)
@@ -338,11 +342,8 @@ def _check_settings(options: EvaluateOptions, weights: Mapping[str, str], device
         "dtype": options.dtype,
         "seed": options.seed,
     }
-    file = options.out / "settings.json"
-    if file.exists():
-        found = read_json(file, "the settings of an evaluation").get("measured")
-        if not isinstance(found, dict) or "drafters" not in found:
-            raise ValueError(f"{file} is not of an evaluation; expected another `out`.")
+    found = _measured_with(options.out)
+    if found is not None:
         # Drafters may be added; those that are there must be what they were.
         known = {**found.pop("drafters")}
         then = {**found, **{name: known[name]["weights"] for name in known if name in digests}}
@@ -363,7 +364,18 @@ def _check_settings(options: EvaluateOptions, weights: Mapping[str, str], device
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    write_json(file, {"measured": settings, "provenance": provenance})
+    write_json(options.out / "settings.json", {"measured": settings, "provenance": provenance})
+
+
+def _measured_with(folder: Path) -> dict[str, Any] | None:
+    """The settings that the figures in a folder belong to, if there are any."""
+    file = folder / "settings.json"
+    if not file.is_file():
+        return None
+    found = read_json(file, "the settings of an evaluation").get("measured")
+    if not isinstance(found, dict) or "drafters" not in found:
+        raise ValueError(f"{file} is not of an evaluation; expected another `out`.")
+    return found
 
 
 def _digest(drafter: EagleDrafter) -> str:

@@ -9,8 +9,9 @@ import torch
 
 from ..checks import check_device, set_threads
 from ..embedded import EMBEDDED_TARGET
+from ..files import check_begun
 from ..loading import EMBEDDED, check_target, load_target
-from .conversations import DataSource
+from .conversations import DataReport, DataSource, read_mixture
 from .distributed import parting
 from .features import FeatureStore
 from .options import TrainOptions, add_options, train_options
@@ -69,6 +70,10 @@ def _regenerate(options: argparse.Namespace) -> None:
     )
     sources = [DataSource.parse(text) for text in options.data]
     check_answers(options.out)
+    if options.features:
+        check_begun(options.features, FeatureStore.MARKER)
+    report = DataReport()
+    rows = read_mixture(sources, report, options.seed)
     dtype = getattr(torch, options.dtype)
     target, tokenizer = load_target(options.target, dtype, options.device, options.chat_template)
     check_target(target)
@@ -78,7 +83,8 @@ def _regenerate(options: argparse.Namespace) -> None:
         store = FeatureStore(options.features, target.config.name_or_path, width)
         longest = options.max_prompt_tokens + options.max_new_tokens
         print(f"Features take up to {store.check_room(longest) / 1e6:.1f} MB an answer.")
-    print(regenerate(target, tokenizer, sources, options.out, asked, store))
+    report.merge(regenerate(target, tokenizer, rows, options.out, asked, store))
+    print(report)
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:

@@ -31,15 +31,18 @@ class FeatureStore:
         hidden_size: width of the features.
 
     Raises:
-        ValueError: if the folder holds features of another target or width, or other things.
+        ValueError: if the folder holds features of another target or width, or other things, or
+            its files are shorter than they were.
     """
+
+    MARKER = "meta.json"
 
     def __init__(self, folder: str | Path, target: str, hidden_size: int) -> None:
         self.folder = Path(folder)
         self.hidden_size = hidden_size
-        check_begun(self.folder, "meta.json")
+        check_begun(self.folder, self.MARKER)
         meta = {"target": target, "hidden_size": hidden_size, "dtype": "bfloat16"}
-        file = self.folder / "meta.json"
+        file = self.folder / self.MARKER
         if not file.exists():
             write_json(file, meta)
         elif (found := read_json(file, "what a store of features holds")) != meta:
@@ -133,14 +136,21 @@ class FeatureStore:
     def _index(self) -> None:
         self._offsets: dict[bytes, int] = {}
         self.num_tokens = 0
+        lengths = self._file("lengths").read_bytes()  # first, as it is written last
         tokens = self._file("tokens").read_bytes()
-        lengths = self._file("lengths").read_bytes()
         lengths = lengths[: len(lengths) // 4 * 4]
         self._num_rows = len(lengths) // 4
         for length in memoryview(lengths).cast("i") if lengths else ():
             start, end = self.num_tokens * 4, (self.num_tokens + length) * 4
             self._offsets[hashlib.sha256(tokens[start:end]).digest()] = self.num_tokens
             self.num_tokens += length
+        for name, width in (("features", self.hidden_size * _BYTES), ("tokens", 4)):
+            size, expected = self._file(name).stat().st_size, self.num_tokens * width
+            if size < expected:
+                raise ValueError(
+                    f"{self._file(name)} has {size} bytes, expected {expected} at least: those of "
+                    "the rows in lengths.bin."
+                )
 
 
 def _digest(input_ids: Sequence[int]) -> bytes:

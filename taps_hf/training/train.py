@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ..checks import loading, set_threads
 from ..drafters.configuration_eagle import tokenizer_fingerprint
 from ..drafters.modeling_eagle import EagleDrafter
-from ..files import ResultFolder, check_begun, hold, read_json, write_json
+from ..files import ResultFolder, hold, read_json, write_json
 from ..loading import check_target, load_target
 from ..validation import check_drafter, check_tokenizer
 from .card import model_card, provenance
 from .conversations import DataReport, DataSource, SourceRow, digest_of, read_mixture
 from .encoding import Example, encode_rows
 from .features import FeatureStore, features_of, fill_store
+from .folders import OPTIONS, check_folders, last_checkpoint
 from .memory import check_memory, estimate_memory
 from .muon import MuonWithAdamW
 from .objectives import DraftObjective, FrozenTarget
@@ -31,8 +31,6 @@ from .options import TrainOptions
 from .regenerate import end_of_turn_ids
 from .start import balance_inputs, check_can_be_fitted, fit_projection
 from .trainer import DrafterTrainer, ExampleDataset, coverage, frequent_tokens
-
-_OPTIONS = "options.json"  # in the folder of the checkpoints
 
 
 def train(options: TrainOptions) -> dict[str, float]:
@@ -48,16 +46,10 @@ def train(options: TrainOptions) -> dict[str, float]:
     Raises:
         ValueError: before work starts, for data, a target, options or an `out` that cannot be used.
     """
-    result = ResultFolder(Path(options.out), "train")
-    if options.init_from and Path(options.init_from).resolve().is_relative_to(result.folder):
-        raise ValueError(
-            f"`init_from` is {options.init_from}, which `out` would replace; expected another one."
-        )
+    result, work = check_folders(options)
     set_threads(options.threads)
     # Probabilities this small change nothing and slow a CPU's softmax down several times.
     torch.set_flush_denormal(True)
-    work = result.folder.with_name(result.folder.name + ".checkpoints")
-    check_begun(work, _OPTIONS)
     rows = _Rows(options)
     arguments = _arguments(options, work)
     # Several processes of one run share the folder; another run may not.
@@ -120,7 +112,7 @@ def _run(
     arguments.eval_steps = arguments.save_steps = _interval(options, arguments, len(examples))
     scored = sum(sum(example.is_answer) for example in examples)
     say(f"{len(examples)} examples, {scored} tokens of answers; checkpoints in {work}")
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
     measured: dict[str, float] = {}
     for name, dataset in trainer.eval_dataset.items():
         measured |= trainer.evaluate(dataset, metric_key_prefix=name)
@@ -190,25 +182,13 @@ def _interval(options: TrainOptions, arguments: TrainingArguments, examples: int
     return max(1, steps // options.evaluations)
 
 
-def _last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written to its end; its state is written last."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda x: int(x.name.rpartition("-")[2]))
-    for folder in reversed(found):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(folder)
-    return None
-
-
 def _remember(options: TrainOptions, processes: int, data: str, work: Path) -> None:
     """Keep the options with the checkpoints; refuse to go on with others.
 
     Raises:
         ValueError: if the folder holds checkpoints of a run with other options.
     """
-    file = work / _OPTIONS
+    file = work / OPTIONS
     asked = asdict(options)
     for name in ("threads", "license"):  # may differ from run to run
         del asked[name]
