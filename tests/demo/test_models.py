@@ -30,10 +30,10 @@ def test_the_tokens_that_end_an_answer(tiny_spec, monkeypatch, ends, expected):
     ("target", "drafters", "message"),
     [
         (" ", ["a=b"], "No target was named"),
-        ("t", [], "give each as NAME=PATH"),
-        ("t", ["a"], "give each as NAME=PATH"),
-        ("t", ["a="], "give each as NAME=PATH"),
-        ("t", ["a=x", "a=y"], "give each a name of its own"),
+        ("t", [], "expected NAME=PATH"),
+        ("t", ["a"], "expected NAME=PATH"),
+        ("t", ["a="], "expected NAME=PATH"),
+        ("t", ["a=x", "a=y"], "expected NAME=PATH with distinct names"),
     ],
 )
 def test_specifications_of_another_form(target, drafters, message):
