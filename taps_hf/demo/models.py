@@ -16,7 +16,7 @@ from ..checks import named_paths
 from ..drafters.modeling_eagle import EagleDrafter
 from ..embedded import EMBEDDED_TARGET
 from ..generation import SpeculativeDecoding
-from ..loading import EMBEDDED, load_target
+from ..loading import EMBEDDED, load_drafter, load_target
 
 _LOADING = threading.Lock()
 
@@ -107,15 +107,6 @@ def _load(spec: ModelSpec) -> Models:
     # What transformers and safetensors raise for names and files that are not there or are broken,
     # and torch for devices that are not there.
     wrong = (OSError, ValueError, KeyError, SafetensorError, RuntimeError, AssertionError)
-    drafters = {}
-    for name, path in spec.drafters:
-        try:
-            drafter = EagleDrafter.from_pretrained(path).to(spec.device)
-        except wrong as error:
-            raise ValueError(
-                f"Drafter {name!r} could not be loaded from {path!r}: {_first_line(error)}"
-            ) from error
-        drafters[name] = drafter.eval().requires_grad_(False)
     try:
         dtype = getattr(torch, spec.dtype)
         target, tokenizer = load_target(spec.target, dtype, spec.device)
@@ -123,6 +114,15 @@ def _load(spec: ModelSpec) -> Models:
         raise ValueError(
             f"The target could not be loaded from {spec.target!r}: {_first_line(error)}"
         ) from error
+    drafters = {}
+    for name, path in spec.drafters:
+        try:
+            drafter = load_drafter(path, target, tokenizer, name=name)
+        except OSError as error:
+            raise ValueError(
+                f"Drafter {name!r} could not be loaded from {path!r}: {_first_line(error)}"
+            ) from error
+        drafters[name] = drafter.requires_grad_(False)
     SpeculativeDecoding(drafters, tokenizer=tokenizer).check(target)
     return Models(target, tokenizer, drafters)
 

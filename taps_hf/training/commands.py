@@ -10,7 +10,7 @@ import torch
 from ..checks import check_device, set_threads
 from ..embedded import EMBEDDED_TARGET
 from ..files import check_begun
-from ..loading import EMBEDDED, check_target, load_target
+from ..loading import EMBEDDED, check_frozen_target, load_target
 from .conversations import DataReport, DataSource, read_mixture
 from .distributed import parting
 from .features import FeatureStore
@@ -76,7 +76,7 @@ def _regenerate(options: argparse.Namespace) -> None:
     rows = read_mixture(sources, report, options.seed)
     dtype = getattr(torch, options.dtype)
     target, tokenizer = load_target(options.target, dtype, options.device, options.chat_template)
-    check_target(target)
+    check_frozen_target(target)
     store = None
     if options.features:
         width = target.config.get_text_config(decoder=True).hidden_size
