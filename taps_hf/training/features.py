@@ -208,3 +208,32 @@ def fill_store(
             found = features_of(target, padded)
             store.append((ids, row[: len(ids)]) for ids, row in zip(batch, found))
             progress.update(sum(map(len, batch)))
+
+
+def filled_stores(
+    folders: Sequence[str], target: PreTrainedModel, rows: Sequence[Sequence[int]]
+) -> list[FeatureStore]:
+    """Stores that have the features of all rows; the first gets those that none had.
+
+    Args:
+        folders: of the stores.
+        rows: token ids of each row.
+
+    Raises:
+        ValueError: as [`FeatureStore`] and [`fill_store`].
+    """
+    width = target.config.get_text_config(decoder=True).hidden_size
+    stores = [FeatureStore(folder, target.config.name_or_path, width) for folder in folders]
+    missing = [ids for ids in rows if not any(ids in store for store in stores)]
+    fill_store(stores[0], target, missing)
+    return stores
+
+
+def known_features(
+    target: PreTrainedModel, stores: Sequence[FeatureStore], input_ids: Sequence[int]
+) -> torch.Tensor:
+    """The features of a row, (len(input_ids), hidden): out of a store, or computed."""
+    for store in stores:
+        if input_ids in store:
+            return store.read(input_ids)
+    return features_of(target, torch.tensor([input_ids], device=target.device))[0]

@@ -20,7 +20,8 @@ from taps_hf.cli import main
 from taps_hf.training.encoding import Example
 from taps_hf.training.folders import last_checkpoint
 from taps_hf.training.options import TrainOptions, train_options
-from taps_hf.training.train import is_held_out, train
+from taps_hf.training.rows import is_held_out
+from taps_hf.training.train import train
 
 from ..saved import tree_of
 from ..tiny import tiny_target
