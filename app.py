@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from taps_hf.checks import FINITE, Range, check_device, check_numbers, named_paths
+from taps_hf.checks import FINITE, Range, check_device, check_numbers
 from taps_hf.command import Parser, run_command
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
@@ -69,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(given: argparse.Namespace) -> None:
-    named_paths(given.drafters, "--drafters")
     check_device(given.device)
     # Only that these are numbers: what they may be, the page's limits say.
     check_numbers(given, {"max_seconds": FINITE, "port": Range(at_least=1, at_most=65535)})

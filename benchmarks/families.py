@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import taps_hf
 from taps_hf import EagleDrafter
 from taps_hf.drafters.ensemble import groups_of
+from taps_hf.files import check_writable, write_text
 
 VOCAB = 32
 _MOST_PARAMETERS = 80_000_000
@@ -182,11 +183,14 @@ def outcome(family: str) -> Outcome:
     return Outcome(family, "works", len(groups_of(drafters)) == 1, layer)
 
 
+_TITLE = "# Families"
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
     """The page that says what every family does, as Markdown."""
     works = [x for x in outcomes if x.verdict == "works"]
     lines = [
-        "# Families",
+        _TITLE,
         "",
         "Which causal models of transformers can have drafters, found out with a tiny random model",
         "of each by `python -m benchmarks.families --output docs/families.md` (transformers",
@@ -243,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="the Markdown file to write")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     options = parser.parse_args(arguments)
+    if options.output is not None:
+        check_output(options.output)
     families = options.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     outcomes = []
     with ProcessPoolExecutor(
@@ -252,7 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(found, flush=True)
             outcomes.append(found)
     if options.output:
-        options.output.write_text(table(outcomes), "utf-8")
+        write_text(options.output, table(outcomes))
+
+
+def check_output(file: Path) -> None:
+    """Raise `ValueError` unless a file is yet unused, or begins as the table does."""
+    check_writable(file)
+    if file.exists() and not file.read_bytes().startswith(_TITLE.encode() + b"\n"):
+        raise ValueError(f"{file} holds something else; expected an earlier table, or a new name.")
 
 
 if __name__ == "__main__":

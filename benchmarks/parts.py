@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from decode import DRAFTERS, hardware, load_drafters, load_target
+from models import add_model_options, check_model_options, load_models
+from settings import hardware
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from taps_hf import (
@@ -31,13 +32,14 @@ from taps_hf import (
     merge,
 )
 from taps_hf.cache import CACHE
-from taps_hf.checks import check_device, set_threads
+from taps_hf.checks import set_threads
 from taps_hf.drafters.base import DraftRequest
 from taps_hf.drafters.ensemble import Ensemble
 from taps_hf.drafters.heads import topk_by_blocks
 from taps_hf.strategies.costs import LearntCosts
 from taps_hf.target import TargetSession
 
+Part = Callable[[], object]
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -82,9 +84,7 @@ class Drafting:
         return trees
 
 
-def timed(
-    parts: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, float]:
+def timed(parts: Mapping[str, Part], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each part; the first round is not counted."""
 
     def now() -> float:
@@ -105,48 +105,70 @@ def timed(
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table."""
+    options = _parse(argv)
+    set_threads(options.threads)
+    target, _, drafters = load_models(options, options.dtype)
+    tree = DynamicTree(*options.tree)
+    found = timed(
+        all_parts(target, [*drafters.values()], tree, options.context),
+        options.rounds,
+        target.device,
+    )
+    plain = found["target, 1 row"]
+    print(
+        f"{options.dtype}, {options.context} tokens of context, trees {tree}, median of "
+        f"{options.rounds} rounds; {hardware(target.device)}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}\n\n| part | ms | x plain step |\n| --- | --- | --- |"
+    )
+    for name, seconds in found.items():
+        print(f"| {name} | {seconds * 1e3:.2f} | {seconds / plain:.2f} |")
+    print("\n| memory of | MB | bytes a token of context |\n| --- | --- | --- |")
+    for name, drafter in drafters.items():
+        held, per_token = memory_of(drafter, target)
+        print(f"| {name} | {held / 1e6:.1f} | {per_token} |")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", help="folder or Hub name (default: the embedded one)")
-    parser.add_argument("--drafters", nargs="+", default=DRAFTERS, metavar="NAME=PATH")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
+    add_model_options(parser)
     parser.add_argument("--context", type=int, default=256, help="tokens before the root")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tree", nargs=3, type=int, default=[5, 8, 24])
     options = parser.parse_args(argv)
-    set_threads(options.threads)
-    check_device(options.device)
-    target, _ = load_target(options.target, options.dtype, options.device)
-    drafters = list(load_drafters(options.drafters, options.dtype, target.device).values())
-    tree = DynamicTree(*options.tree)
+    check_model_options(parser, options)
+    return options
 
+
+def all_parts(
+    target: PreTrainedModel, drafters: Sequence[EagleDrafter], tree: DynamicTree, context: int
+) -> dict[str, Part]:
+    """What is timed, by name.
+
+    Args:
+        target: whose passes are timed, and whose features drafters read.
+        drafters: of that target.
+        tree: that each of them grows.
+        context: tokens before the root.
+    """
     vocabulary = target.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(options.context + 1, device=target.device) * 7 % vocabulary)[None]
+    ids = (torch.arange(context + 1, device=target.device) * 7 % vocabulary)[None]
     session = _begun(target, ids)
-    context = session.prefill()
+    tokens, states = session.prefill()
 
     def draft(*groups: Sequence[EagleDrafter]) -> Drafting:
-        return Drafting(groups, target, tree, *context)
-
-    def verify(width: int) -> Callable[[], object]:
-        star = DraftTree.star(ids[0, -1:].cpu(), width - 1)
-
-        def run() -> None:
-            session.verify(star)
-            session.keep([])
-
-        return run
+        return Drafting(groups, target, tree, tokens, states)
 
     def observe_prompt() -> None:
         ensemble = Ensemble(drafters, target)
-        ensemble.observe(*context)
+        ensemble.observe(tokens, states)
         ensemble.propose(range(len(drafters)), DraftRequest(ids[0, -1:], ChainTree(1), 1))
 
-    parts: dict[str, Callable[[], object]] = {
-        f"target, {width} row{'s' * (width > 1)}": verify(width) for width in WIDTHS
+    parts: dict[str, Part] = {
+        f"target, {width} row{'s' * (width > 1)}": _verifying(session, ids[0, -1:], width)
+        for width in WIDTHS
     }
     parts["prompt, plain generate's pass"] = lambda: target(ids, use_cache=True, logits_to_keep=1)
     parts["prompt, the target's pass with drafters"] = lambda: _begun(target, ids).prefill()
@@ -164,32 +186,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts[f"draft, {len(drafters)} drafters as one"] = draft(drafters)
         trees = draft(drafters)()
         parts["merge"] = lambda: merge(trees)
-        each = (DraftCost(0.0, 0.0),)
-        free = Costs(((1, 1.0), (64, 2.0)), (tuple(range(len(drafters))),), each, each)
-        device = torch.device("cpu")
-        strategy = Auto(costs=free).begin(
-            GenerationContext(len(drafters), device, lambda: LearntCosts(free))
-        )
+        parts["merge, calibrate and choose (auto)"] = _choosing(trees)
+    return parts
 
-        def compose() -> None:
-            strategy.ask(tuple(range(len(drafters))))
-            strategy.compose(dict(enumerate(trees)))
 
-        parts["merge, calibrate and choose (auto)"] = compose
-    found = timed(parts, options.rounds, target.device)
-    plain = found["target, 1 row"]
-    print(
-        f"{options.dtype}, {options.context} tokens of context, trees {tree}, median of "
-        f"{options.rounds} rounds; {hardware(target.device)}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}\n\n| part | ms | x plain step |\n| --- | --- | --- |"
-    )
-    for name, seconds in found.items():
-        print(f"| {name} | {seconds * 1e3:.2f} | {seconds / plain:.2f} |")
-    print("\n| memory of | MB | bytes a token of context |\n| --- | --- | --- |")
-    for spec, drafter in zip(options.drafters, drafters):
-        held, per_token = memory_of(drafter, target)
-        print(f"| {spec.partition('=')[0]} | {held / 1e6:.1f} | {per_token} |")
-    return 0
+def _verifying(session: TargetSession, root: torch.Tensor, width: int) -> Part:
+    """A pass of the target over so many tokens, none of which is kept."""
+    star = DraftTree.star(root.cpu(), width - 1)
+
+    def run() -> None:
+        session.verify(star)
+        session.keep([])
+
+    return run
+
+
+def _choosing(trees: Sequence[DraftTree]) -> Part:
+    """What `auto` does with the trees of all drafters."""
+    count, each = len(trees), (DraftCost(0.0, 0.0),)
+    free = Costs(((1, 1.0), (64, 2.0)), (tuple(range(count)),), each, each)
+    context = GenerationContext(count, torch.device("cpu"), lambda: LearntCosts(free))
+    strategy = Auto(costs=free).begin(context)
+
+    def compose() -> None:
+        strategy.ask(tuple(range(count)))
+        strategy.compose(dict(enumerate(trees)))
+
+    return compose
 
 
 def _begun(target: PreTrainedModel, ids: torch.Tensor) -> TargetSession:

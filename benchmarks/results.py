@@ -70,14 +70,12 @@ class Results:
         self.file = file
         self.settings = settings
         self.rows: list[Row] = []
+        self._kept: tuple[dict[str, Any], list[Row]] | None = None  # what is in the file
         if file is None or not file.exists():
             return
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            found = kept["settings"]
-            self.rows = [Row(**row) for row in kept["rows"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no file of results: {error!r}.") from None
+        self._kept = read_results(file)
+        found, rows = self._kept
+        self.rows = [*rows]
         for name in sorted({*found, *settings}):
             if found.get(name) != settings.get(name):
                 raise ValueError(
@@ -90,12 +88,33 @@ class Results:
         return any((row.prompt, row.variant) == (prompt, variant) for row in self.rows)
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Take rows in, and write the file so that it is never seen half written."""
+        """Take rows in, and write the file so that it is never seen half written.
+
+        Raises:
+            ValueError: if somebody else has written to the file since.
+        """
         self.rows += rows
         if self.file is None:
             return
+        there = read_results(self.file) if self.file.exists() else None
+        if there != self._kept:
+            raise ValueError(f"{self.file} was changed meanwhile; expected this run's own file.")
         content = {"settings": self.settings, "rows": [asdict(row) for row in self.rows]}
         write_json(self.file, content)
+        self._kept = (self.settings, [*self.rows])
+
+
+def read_results(file: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The settings and the rows in a file.
+
+    Raises:
+        ValueError: if it is no file of results.
+    """
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return dict(kept["settings"]), [Row(**row) for row in kept["rows"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no file of results: {error!r}.") from None
 
 
 def interval(

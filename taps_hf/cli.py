@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _average(options: argparse.Namespace) -> None:
-    result = ResultFolder(Path(options.out), "average")
+    used = {"drafters": [name for name in options.drafters if Path(name).exists()]}
+    result = ResultFolder(Path(options.out), "average", used)
     drafters = []
     for name in options.drafters:
         with loading(f"Drafter {name}"):

@@ -7,18 +7,20 @@ that is ever replaced, by the same command, as a whole.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 _MANIFEST = ".taps-hf.json"
 _BLOCK = 1 << 20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
 @contextmanager
@@ -29,12 +31,10 @@ def whole(file: Path) -> Iterator[Path]:
     """
     file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: what writes pictures goes by it.
-    temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex}{file.suffix}")
+    temporary = _beside(file)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        _sync(temporary)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -79,7 +79,7 @@ def hold(file: Path) -> IO[bytes]:
     lock = file.open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         raise ValueError(
             f"{file} is held by another process that writes there; expected a place of one's own."
@@ -95,8 +95,10 @@ def check_begun(folder: Path, marker: str) -> None:
         marker: name of the file that every folder of this kind has from its beginning.
 
     Raises:
-        ValueError: unless the folder has its marker, is empty, or does not exist.
+        ValueError: unless the folder has its marker, is empty, or does not exist, and can be
+            written to.
     """
+    check_writable(folder)
     if folder.is_dir():
         # Another process of the same run may be about to write the marker.
         unfinished = f".{Path(marker).stem}."
@@ -109,6 +111,39 @@ def check_begun(folder: Path, marker: str) -> None:
             )
     elif folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder} is no folder; expected one, or a name yet unused.")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `ValueError` unless a path, or what there is of the folders above it, can be written.
+
+    For what is written at the end of long work: permissions and the like are known before.
+    """
+    found = path.absolute()
+    while not os.path.lexists(found):
+        found = found.parent
+    if found != path.absolute() and not found.is_dir():
+        raise ValueError(f"{path} cannot be made: {found} is no folder.")
+    if found.exists() and not os.access(found, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {found} is read-only here.")
+
+
+def check_apart(used: Mapping[str, Iterable[str | Path]], folder: Path, why: str) -> None:
+    """Check that what a run uses does not lie where it writes.
+
+    Args:
+        used: paths that are read, or written by other means, by argument.
+        folder: where none of them may lie.
+        why: what would happen to it there.
+
+    Raises:
+        ValueError: naming the path that does.
+    """
+    for argument, paths in used.items():
+        for path in paths:
+            if Path(path).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"`{argument}` is {path}, in {folder}, {why}; expected one elsewhere."
+                )
 
 
 def cut_off(file: Path, size: int, is_ours: Callable[[bytes], bool]) -> None:
@@ -155,19 +190,24 @@ class ResultFolder:
     Args:
         folder: where the result is to lie.
         command: name of the command that writes it.
+        used: paths that the run reads, or writes by other means, by argument.
 
     Raises:
         ValueError: if the folder may not be written, now or by the time the result is there: it is
-            a file or a symbolic link, the folder one stands in or one around it, or holds anything
-            but an earlier result of the same command, unchanged.
+            a file or a symbolic link, the folder one stands in or one around it, holds what the run
+            uses, or anything but an earlier result of the same command, unchanged.
     """
 
-    def __init__(self, folder: Path, command: str) -> None:
+    def __init__(
+        self, folder: Path, command: str, used: Mapping[str, Iterable[str | Path]] | None = None
+    ) -> None:
         # Of links on the way there is nothing to fear; one at the end may be swapped for a folder.
         self.folder = folder.absolute().parent.resolve() / folder.absolute().name
         if folder.name in ("", ".."):
             self.folder = folder.resolve()
         self.command = command
+        check_writable(_beside(self.folder))
+        check_apart(used or {}, self.folder, "which `out` would replace")
         self.check()
 
     def check(self) -> bool:
@@ -195,22 +235,20 @@ class ResultFolder:
     def writing(self) -> Iterator[Path]:
         """A new folder to fill, which takes the place of the result when the block ends well.
 
-        Should something else have come to lie there in the meantime, that stays, and the new
-        result is left beside it.
+        Should something else have come to lie there in the meantime, or the folder not be
+        replaceable for another reason, what is there stays, and the new result is left beside it.
 
         Raises:
             ValueError: saying where it lies, then.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        name = f".{self.folder.name}.{uuid.uuid4().hex}"
-        new, old = (self.folder.with_name(name + end) for end in ("", ".old"))
+        new = _beside(self.folder)
         new.mkdir()
         try:
             yield new
             written = {}
             for file in _files(new):
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+                _sync(file)
                 written[_relative(file, new)] = digest_of_file(file)
             write_json(new / _MANIFEST, {"command": self.command, "files": written})
         except BaseException:
@@ -218,26 +256,30 @@ class ResultFolder:
             raise
         try:
             replaces = self.check()
-        except ValueError as error:
+            if replaces:
+                self._swap(new)
+            else:
+                new.rename(self.folder)  # the name is free, or that of an empty folder
+        except (ValueError, OSError) as error:
             beside = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex[:8]}")
             new.rename(beside)
-            raise ValueError(f"{error} The new result lies in {beside}.") from None
-        if not replaces:
-            new.rename(self.folder)  # the name is free, or that of an empty folder
-            return
-        # Until the last step there is a complete result on disk, the old one or the new one.
-        self.folder.rename(old)
-        try:
-            new.rename(self.folder)
-        except OSError:
-            old.rename(self.folder)
-            raise
+            raise ValueError(f"{error} The new result lies in {beside}.") from error
+        _sync(self.folder.parent)
+        if replaces:  # which has the other name now
+            _remove(new, [*_files(new)])
+
+    def _swap(self, new: Path) -> None:
+        """Let the new result and the old one change names, if the old one may be replaced."""
+        _exchange(new, self.folder)
         # Looked at once more, now that nobody knows its name: it may have changed just before.
-        if self._not_replaceable(old) is None:
-            _remove(old, [*_files(old)])
+        if (reason := self._not_replaceable(new)) is not None:
+            _exchange(new, self.folder)
+            raise ValueError(f"{self.folder} {reason}; it was changed just now.")
 
     def _not_replaceable(self, folder: Path) -> str | None:
         """Why what lies there must not be replaced; None if it may."""
+        if folder.is_symlink():
+            return "is a symbolic link"
         manifest = _manifest(folder)
         if manifest is None:
             return f"holds other things (it has no {_MANIFEST} of ours)"
@@ -265,6 +307,37 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     return found if known else None
+
+
+def _beside(path: Path) -> Path:
+    """An unused name in the same folder, hidden; it has the same suffix, by which pictures go."""
+    return path.with_name(f".{path.stem[-50:]}.{uuid.uuid4().hex}{path.suffix}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders change names: in one step where the system can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
+    if rename is not None and rename(*names, _RENAME_EXCHANGE) == 0:
+        return
+    # Elsewhere, and on file systems that cannot, for a moment nothing has the old one's name.
+    aside = _beside(old)
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,8 +1,9 @@
-"""Loading the frozen target that a drafter is trained for."""
+"""Loading a frozen target, and drafters for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import (
@@ -12,9 +13,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import validation
 from .checks import check_device, loading
+from .drafters.modeling_eagle import EagleDrafter
 from .embedded import load_embedded_target, load_embedded_tokenizer
+from .validation import check_drafter, check_target, check_tokenizer
 
 EMBEDDED = "embedded"
 
@@ -82,14 +84,14 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
 _OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def check_target(target: PreTrainedModel) -> None:
+def check_frozen_target(target: PreTrainedModel) -> None:
     """Refuse targets that drafters cannot be trained or measured for.
 
     Raises:
         ValueError: for what decoding refuses ([`validation.check_target`]), and for targets whose
             logits are not plainly what their head gives: here they are computed from features.
     """
-    validation.check_target(target)
+    check_target(target)
     config = target.config.get_text_config(decoder=True)
     found = {name: getattr(config, name, None) for name in _OF_LOGITS}
     found = {name: value for name, value in found.items() if value not in (None, 1, 1.0)}
@@ -98,3 +100,36 @@ def check_target(target: PreTrainedModel) -> None:
             f"The target ({type(target).__name__}) changes its logits by {found}; expected those "
             "of the head as they are."
         )
+
+
+def load_drafter(
+    path: str,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str | None = None,
+    called: str | None = None,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+) -> EagleDrafter:
+    """A drafter that fits a target, on its device and in evaluation mode.
+
+    Args:
+        path: folder or Hub name.
+        target: that it will draft for.
+        tokenizer: the target's; None leaves unchecked that it is the drafter's.
+        name: of the drafter in messages, by default its path.
+        called: what messages call it if its files are broken, by default by name and path.
+        dtype: of its weights, by default that in which they were saved.
+
+    Raises:
+        ValueError: if its files are broken, or it does not fit.
+        OSError: if there is no such drafter.
+    """
+    name = path if name is None else name
+    with loading(called or f"Drafter {name!r} ({path})"):
+        drafter = EagleDrafter.from_pretrained(path, dtype=dtype)
+    drafter = drafter.to(target.device).eval()
+    check_drafter(name, drafter, target)
+    if tokenizer is not None:
+        check_tokenizer({name: drafter}, tokenizer)
+    return drafter

@@ -132,8 +132,12 @@ def assemble_space(root: Path, out: Path, models: Sequence[str] = ()) -> None:
         models: repositories on the Hub to name in the Space's metadata, beside those it has.
 
     Raises:
-        ValueError: if the clone is incomplete or the folder may not be written.
+        ValueError: if the clone is incomplete, or the folder may not be written or would be copied
+            into itself.
     """
+    for copied in (root / "taps_hf", root / _CARDS):
+        if out.resolve().is_relative_to(copied.resolve()):
+            raise ValueError(f"{out} is in {copied}, which is copied; expected a folder elsewhere.")
     result = ResultFolder(out, "push --assemble")
     check_demo(root)
     with result.writing() as folder:

@@ -8,9 +8,11 @@ import statistics
 import decode
 import parts
 import pytest
+import settings
 import torch
 from prompts import Prompt, read_prompts
 from results import HINDSIGHT, Figures, Results, Row, faster, interval, markdown, overall
+from variants import variants
 
 from .saved import save_tiny_models
 from .tiny import prompt, tiny_drafters, tiny_target
@@ -62,7 +64,7 @@ def test_variants_are_compared_as_if_timed_together():
 def test_a_single_drafter_runs_without_the_others():
     """Drafters that run as one would read along, at a cost that is not its own."""
     drafters = dict(zip(("math", "chat"), tiny_drafters(2)))
-    given = {way.name: way.arguments(drafters) for way in decode.variants([*drafters], [(2, 3, 6)])}
+    given = {way.name: way.arguments(drafters) for way in variants([*drafters], [(2, 3, 6)])}
     for name, drafter in drafters.items():
         assert given[f"single {name} 2,3,6"]["assistant_models"] == [drafter]
     assert given["merged 2,3,6"]["assistant_models"] == drafters
@@ -139,7 +141,7 @@ def test_interval_of_a_median_narrows_and_repeats():
 
 
 def test_variants():
-    ways = decode.variants(["math", "chat"], [(3, 8, 8), (5, 8, 24)])
+    ways = variants(["math", "chat"], [(3, 8, 8), (5, 8, 24)])
     assert [way.name for way in ways][:10] == [
         "auto",
         "auto-all",
@@ -154,14 +156,14 @@ def test_variants():
     ]
     assert len(ways) == 17
     assert ways[15].strategy.num_nodes == 24
-    found = decode.variants(["only"], [(2, 4, 4)])
+    found = variants(["only"], [(2, 4, 4)])
     assert [way.name for way in found] == ["auto", "prompt-lookup", "single only 2,4,4"]
 
 
 @pytest.mark.parametrize("temperature", [None, 0.7])
 def test_measured_rows_match_the_generations(temperature):
     drafters = dict(zip(("math", "chat"), tiny_drafters()))
-    ways = decode.variants(list(drafters), [(3, 4, 8)])
+    ways = variants(list(drafters), [(3, 4, 8)])
     # An end that never comes: prompt lookup of early 5.x versions cannot do without one.
     generate = {"max_new_tokens": 12, "do_sample": temperature is not None, "eos_token_id": 99}
     if temperature:
@@ -324,15 +326,30 @@ def test_results_are_never_half_written(tmp_path, monkeypatch):
     assert Results(file, {"dtype": "float32"}).rows == [row()]
 
 
-def test_fingerprints_follow_the_weights():
-    one, other = tiny_drafters()
-    assert decode._fingerprint(one) == decode._fingerprint(one)
-    assert decode._fingerprint(one) != decode._fingerprint(other)
-    assert decode._fingerprint(one.__class__(one.config).to(torch.bfloat16)) != decode._fingerprint(
-        one
-    )
+def test_a_file_that_another_run_has_changed_stays(tmp_path):
+    file = tmp_path / "results.json"
+    results, other = Results(file, {}), Results(file, {})
+    other.add([row()])
+    with pytest.raises(ValueError, match="was changed meanwhile"):
+        results.add([row(prompt="g:2:0")])
+    assert Results(file, {}).rows == [row()]
+    other.add([row(prompt="g:2:0")])
+    assert len(Results(file, {}).rows) == 2
+
+
+def test_files_of_anything_else_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "load_models", None)
+    (tmp_path / "file").write_text("mine")
+    for out, message in [
+        (tmp_path / "file", "is no file of results"),
+        (tmp_path, "is no file of results"),
+        (tmp_path / "file" / "a", "file is no folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decode.main(["--out", str(out)])
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_commands_hide_folders_outside():
-    shown = decode._command(["--prompts", "../data/a.jsonl:3", "--drafters", "m=/x/y", "n=here/z"])
+    shown = settings.command(["--prompts", "../data/a.jsonl:3", "--drafters", "m=/x/y", "n=here/z"])
     assert shown == ("python benchmarks/decode.py --prompts a.jsonl:3 --drafters m=y n=here/z")

@@ -46,8 +46,26 @@ def test_an_average_never_takes_the_place_of_a_drafter(folders, tmp_path, capsys
     before = tree_of(tmp_path)
     for out in (folders[0], str(tmp_path)):
         assert main(["average", *folders, "--out", out]) == 2
-        assert "holds other things" in capsys.readouterr().err
+        assert "which `out` would replace" in capsys.readouterr().err
     assert tree_of(tmp_path) == before
+    EagleDrafter.from_pretrained(folders[0]).save_pretrained(tmp_path / "other")
+    before = tree_of(tmp_path)
+    assert main(["average", *folders, "--out", str(tmp_path / "other")]) == 2
+    assert "holds other things" in capsys.readouterr().err
+    assert tree_of(tmp_path) == before
+
+
+def test_an_average_takes_the_place_of_an_average_alone(folders, tmp_path, capsys):
+    out = tmp_path / "average"
+    assert main(["average", *folders, "--out", str(out)]) == 0
+    first = tree_of(out)
+    assert main(["average", *folders, "--weights", "0.25", "0.75", "--out", str(out)]) == 0
+    second = tree_of(out)
+    assert second != first
+    capsys.readouterr()
+    assert main(["average", *folders, str(out), "--out", str(out)]) == 2
+    assert f"`drafters` is {out}, in {out}, which `out` would replace" in capsys.readouterr().err
+    assert tree_of(out) == second
 
 
 def test_bad_input_is_reported_without_a_traceback(folders, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from taps_hf.files import (
     ResultFolder,
+    check_apart,
     check_begun,
     cut_off,
     digest_of_file,
@@ -178,6 +181,119 @@ def test_a_result_that_fails_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         half()
     assert tree_of(tmp_path) == before
+
+
+@pytest.fixture(params=["in one step", "in several"])
+def exchange(request, monkeypatch):
+    """With what the system has for it, and without."""
+    if request.param == "in several":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_: object())
+
+
+@pytest.mark.usefixtures("exchange")
+def test_only_the_new_result_is_left(tmp_path):
+    for content in ("a", "b"):
+        result(tmp_path / "out", content)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (tmp_path / "out" / "inner" / "model").read_text() == content * 2
+
+
+@pytest.mark.usefixtures("exchange")
+def test_what_changes_at_the_last_moment_stays(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    result(out, "a")
+    check = ResultFolder.check
+    checks = []
+
+    def then_changed(folder: ResultFolder) -> bool:
+        found = check(folder)
+        checks.append(found)
+        if len(checks) == 2:  # the one just before names are exchanged
+            (out / "notes").write_text("mine")
+        return found
+
+    monkeypatch.setattr(ResultFolder, "check", then_changed)
+    with pytest.raises(ValueError, match=r"holds notes.* The new result lies in") as error:
+        result(out, "b")
+    assert (out / "notes").read_text() == "mine"
+    assert (out / "config.json").read_text() == "a"
+    (beside,) = (path for path in tmp_path.iterdir() if path != out)
+    assert str(beside) in str(error.value)
+    assert (beside / "config.json").read_text() == "b"
+
+
+@pytest.mark.usefixtures("exchange")
+def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, file = tmp_path / "out", tmp_path / "file"
+    result(out, "a")
+    write_text(file, "a")
+    before = tree_of(tmp_path)
+    monkeypatch.setattr("os.fsync", full)
+    for write in (lambda: result(out, "b"), lambda: write_text(file, "b")):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        assert tree_of(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_replaced_stays_beside_the_new_one(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    result(out, "a")
+    before = tree_of(out)
+    rename = Path.rename
+
+    def failing(path: Path, other: Path) -> Path:
+        if other == out and (path / "config.json").read_text() == "b":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, other)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: object())
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ValueError, match=r"Permission denied.* The new result lies in") as error:
+        result(out, "b")
+    assert tree_of(out) == before
+    (beside,) = (path for path in tmp_path.iterdir() if path != out)
+    assert str(beside) in str(error.value)
+    assert (beside / "config.json").read_text() == "b"
+
+
+def test_what_a_run_uses_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    for path in (out, out / "features", tmp_path / "other" / ".." / "out" / "x"):
+        with pytest.raises(ValueError, match=r"`features` is .*, which `out` would replace"):
+            ResultFolder(out, "train", {"features": [path]})
+    ResultFolder(out, "train", {"features": [tmp_path / "out-2", tmp_path]})
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(ValueError, match="where it is lost; expected one elsewhere"):
+        check_apart({"data": [tmp_path / "link" / "rows"]}, out, "where it is lost")
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for refuse in (
+        lambda: ResultFolder(tmp_path / "file" / "out", "train"),
+        lambda: ResultFolder(tmp_path / "file" / "a" / "out", "train"),
+        lambda: check_begun(tmp_path / "file" / "a", "settings.json"),
+        lambda: check_begun(tmp_path / "link" / "a", "settings.json"),
+    ):
+        with pytest.raises(ValueError, match=r"cannot be made: .* is no folder"):
+            refuse()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    for refuse in (
+        lambda path: ResultFolder(path, "train"),
+        lambda path: check_begun(path, "settings.json"),
+    ):
+        with pytest.raises(ValueError, match="is read-only here"):
+            refuse(tmp_path / "new")
+
+
+def test_long_names_can_be_written(tmp_path):
+    name = "\u4e2d" * 80 + ".png"  # 244 bytes
+    write_text(tmp_path / name, "a")
+    assert tree_of(tmp_path) == {name: b"a"}
 
 
 def test_what_comes_to_lie_there_during_the_work_stays(tmp_path):

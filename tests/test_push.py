@@ -156,6 +156,11 @@ def test_the_assembled_folder_runs_by_itself(clone, tmp_path, capsys):
     assert "which this command did not write" in capsys.readouterr().err
     assert (out / "notes").read_text() == "mine"
 
+    inside = clone / "hub_cards" / "space" / "new"
+    assert main(["push", "someone", "--root", str(clone), "--assemble", str(inside)]) == 2
+    assert "which is copied" in capsys.readouterr().err
+    assert not inside.exists()
+
 
 def test_the_space_asks_for_what_the_package_asks_for():
     """But for gradio, which its metadata choose, and what only the embedded target needs."""

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import named_paths
 from ..drafters.modeling_eagle import EagleDrafter
 from ..embedded import EMBEDDED_TARGET
 from ..generation import SpeculativeDecoding
-from ..loading import EMBEDDED, load_target
+from ..loading import EMBEDDED, load_drafter, load_target
 
 _LOADING = threading.Lock()
 
@@ -47,12 +48,8 @@ class ModelSpec:
         """
         if not target.strip():
             raise ValueError("No target was named; give a folder, a Hub name, or `embedded`.")
-        named = [tuple(part.strip() for part in entry.split("=", 1)) for entry in drafters]
-        if not named or not all(len(pair) == 2 and all(pair) for pair in named):
-            raise ValueError(f"Drafters are {list(drafters)}; give each as NAME=PATH.")
-        if len({name for name, _ in named}) < len(named):
-            raise ValueError(f"Drafters are {list(drafters)}; give each a name of its own.")
-        return cls(target.strip(), tuple(named), dtype, device)
+        named = named_paths(drafters, "drafters")
+        return cls(target.strip(), tuple(named.items()), dtype, device)
 
 
 @dataclass(frozen=True)
@@ -110,15 +107,6 @@ def _load(spec: ModelSpec) -> Models:
     # What transformers and safetensors raise for names and files that are not there or are broken,
     # and torch for devices that are not there.
     wrong = (OSError, ValueError, KeyError, SafetensorError, RuntimeError, AssertionError)
-    drafters = {}
-    for name, path in spec.drafters:
-        try:
-            drafter = EagleDrafter.from_pretrained(path).to(spec.device)
-        except wrong as error:
-            raise ValueError(
-                f"Drafter {name!r} could not be loaded from {path!r}: {_first_line(error)}"
-            ) from error
-        drafters[name] = drafter.eval().requires_grad_(False)
     try:
         dtype = getattr(torch, spec.dtype)
         target, tokenizer = load_target(spec.target, dtype, spec.device)
@@ -126,6 +114,15 @@ def _load(spec: ModelSpec) -> Models:
         raise ValueError(
             f"The target could not be loaded from {spec.target!r}: {_first_line(error)}"
         ) from error
+    drafters = {}
+    for name, path in spec.drafters:
+        try:
+            drafter = load_drafter(path, target, tokenizer, name=name)
+        except OSError as error:
+            raise ValueError(
+                f"Drafter {name!r} could not be loaded from {path!r}: {_first_line(error)}"
+            ) from error
+        drafters[name] = drafter.requires_grad_(False)
     SpeculativeDecoding(drafters, tokenizer=tokenizer).check(target)
     return Models(target, tokenizer, drafters)
 

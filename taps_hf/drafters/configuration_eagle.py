@@ -44,8 +44,10 @@ class EagleDrafterConfig(PretrainedConfig):
             `model_type`. Use [`EagleDrafterConfig.from_target`] to derive it.
         hidden_size (`int`): width of the target's features and of the drafter.
         vocab_size (`int`): size of the target's vocabulary (rows of its LM head).
-        backbone (`"eagle2"` or `"hass"`): the objective the drafter was trained with. Drafting is
-            the same for both.
+        backbone (`"eagle2"` or `"hass"`): the method whose objective the drafter was trained with,
+            EAGLE (the drafter of EAGLE-2, which is EAGLE's) or HASS: what papers call a drafter's
+            backbone. For people and cards: drafting is the same for both. Other values are refused,
+            as they may stand for drafters that are run in another way.
         fc_bias (`bool`): whether the projection of [embedding; feature] has a bias.
         input_norm (`bool`): whether the decoder layer normalises its input. The original EAGLE
             checkpoints leave that norm out.

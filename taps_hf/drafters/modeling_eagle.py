@@ -227,6 +227,7 @@ class EagleDrafter(PreTrainedModel, Drafter):
         return EagleSession(drafters, target)
 
     def digest(self) -> str:
+        """16 hexadecimal digits that change with the weights, but not with the dtype alone."""
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import COUNT, NOT_NEGATIVE, SEED, check_numbers
 from ..files import check_begun, read_json, whole, write_json
 from ..training.features import features_of
 from ..training.regenerate import answer_batch, end_ids
@@ -86,11 +87,8 @@ class RecordOptions:
     feature_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}, expected 0 or more.")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 1 or more.")
+        ranges = {"temperature": NOT_NEGATIVE, "max_new_tokens": COUNT, "batch_size": COUNT}
+        check_numbers(self, {**ranges, "seed": SEED})
 
 
 class RecordStore:

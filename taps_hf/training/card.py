@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from .. import __version__
 from ..drafters.modeling_eagle import EagleDrafter
 from .conversations import DataSource
+from .objectives import get_objective
 from .options import TrainOptions
 
-_NAMES = {"eagle2": "EAGLE-2", "hass": "HASS"}
 # Where a run reads and writes, and what its speed only depends on: of no use to others.
 _NOT_OF_THE_RECIPE = {"out", "features", "threads", "report_to", "license"}
 
@@ -60,7 +60,7 @@ def model_card(drafter: EagleDrafter, record: dict[str, Any]) -> ModelCard:
 {data.to_yaml()}
 ---
 
-# {_NAMES[config.backbone]} drafter for {target}
+# {get_objective(options["objective"]).title} drafter for {target}
 
 A one-layer draft model ({millions:.1f} million parameters) for `taps-hf`, with which its target
 emits several tokens per pass; the text stays the target's own. It holds neither embedding nor LM

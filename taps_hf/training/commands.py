@@ -9,8 +9,10 @@ import torch
 
 from ..checks import check_device, set_threads
 from ..embedded import EMBEDDED_TARGET
-from ..loading import EMBEDDED, check_target, load_target
-from .conversations import DataSource
+from ..files import check_begun
+from ..loading import EMBEDDED, check_frozen_target, load_target
+from .conversations import DataReport, DataSource, read_mixture
+from .distributed import parting
 from .features import FeatureStore
 from .options import TrainOptions, add_options, train_options
 from .regenerate import RegenerateOptions, check_answers, regenerate
@@ -68,16 +70,21 @@ def _regenerate(options: argparse.Namespace) -> None:
     )
     sources = [DataSource.parse(text) for text in options.data]
     check_answers(options.out)
+    if options.features:
+        check_begun(options.features, FeatureStore.MARKER)
+    report = DataReport()
+    rows = read_mixture(sources, report, options.seed)
     dtype = getattr(torch, options.dtype)
     target, tokenizer = load_target(options.target, dtype, options.device, options.chat_template)
-    check_target(target)
+    check_frozen_target(target)
     store = None
     if options.features:
         width = target.config.get_text_config(decoder=True).hidden_size
         store = FeatureStore(options.features, target.config.name_or_path, width)
         longest = options.max_prompt_tokens + options.max_new_tokens
         print(f"Features take up to {store.check_room(longest) / 1e6:.1f} MB an answer.")
-    print(regenerate(target, tokenizer, sources, options.out, asked, store))
+    report.merge(regenerate(target, tokenizer, rows, options.out, asked, store))
+    print(report)
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -96,4 +103,5 @@ def _train(options: argparse.Namespace) -> None:
     from .train import train  # transformers' Trainer is slow to import
 
     given = {k: v for k, v in vars(options).items() if k not in ("run", "recipe")}
-    train(train_options(given, options.recipe))
+    with parting():
+        train(train_options(given, options.recipe))

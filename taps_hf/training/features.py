@@ -31,15 +31,18 @@ class FeatureStore:
         hidden_size: width of the features.
 
     Raises:
-        ValueError: if the folder holds features of another target or width, or other things.
+        ValueError: if the folder holds features of another target or width, or other things, or
+            its files are shorter than they were.
     """
+
+    MARKER = "meta.json"
 
     def __init__(self, folder: str | Path, target: str, hidden_size: int) -> None:
         self.folder = Path(folder)
         self.hidden_size = hidden_size
-        check_begun(self.folder, "meta.json")
+        check_begun(self.folder, self.MARKER)
         meta = {"target": target, "hidden_size": hidden_size, "dtype": "bfloat16"}
-        file = self.folder / "meta.json"
+        file = self.folder / self.MARKER
         if not file.exists():
             write_json(file, meta)
         elif (found := read_json(file, "what a store of features holds")) != meta:
@@ -133,14 +136,21 @@ class FeatureStore:
     def _index(self) -> None:
         self._offsets: dict[bytes, int] = {}
         self.num_tokens = 0
+        lengths = self._file("lengths").read_bytes()  # first, as it is written last
         tokens = self._file("tokens").read_bytes()
-        lengths = self._file("lengths").read_bytes()
         lengths = lengths[: len(lengths) // 4 * 4]
         self._num_rows = len(lengths) // 4
         for length in memoryview(lengths).cast("i") if lengths else ():
             start, end = self.num_tokens * 4, (self.num_tokens + length) * 4
             self._offsets[hashlib.sha256(tokens[start:end]).digest()] = self.num_tokens
             self.num_tokens += length
+        for name, width in (("features", self.hidden_size * _BYTES), ("tokens", 4)):
+            size, expected = self._file(name).stat().st_size, self.num_tokens * width
+            if size < expected:
+                raise ValueError(
+                    f"{self._file(name)} has {size} bytes, expected {expected} at least: those of "
+                    "the rows in lengths.bin."
+                )
 
 
 def _digest(input_ids: Sequence[int]) -> bytes:
@@ -198,3 +208,32 @@ def fill_store(
             found = features_of(target, padded)
             store.append((ids, row[: len(ids)]) for ids, row in zip(batch, found))
             progress.update(sum(map(len, batch)))
+
+
+def filled_stores(
+    folders: Sequence[str], target: PreTrainedModel, rows: Sequence[Sequence[int]]
+) -> list[FeatureStore]:
+    """Stores that have the features of all rows; the first gets those that none had.
+
+    Args:
+        folders: of the stores.
+        rows: token ids of each row.
+
+    Raises:
+        ValueError: as [`FeatureStore`] and [`fill_store`].
+    """
+    width = target.config.get_text_config(decoder=True).hidden_size
+    stores = [FeatureStore(folder, target.config.name_or_path, width) for folder in folders]
+    missing = [ids for ids in rows if not any(ids in store for store in stores)]
+    fill_store(stores[0], target, missing)
+    return stores
+
+
+def known_features(
+    target: PreTrainedModel, stores: Sequence[FeatureStore], input_ids: Sequence[int]
+) -> torch.Tensor:
+    """The features of a row, (len(input_ids), hidden): out of a store, or computed."""
+    for store in stores:
+        if input_ids in store:
+            return store.read(input_ids)
+    return features_of(target, torch.tensor([input_ids], device=target.device))[0]

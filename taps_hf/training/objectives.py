@@ -1,24 +1,20 @@
-"""What drafters are trained to minimise: the EAGLE and the HASS objective.
-
-Slot t of a drafter reads (token t + 1, feature t) and predicts feature t + 1, from which the
-target's head scores token t + 2. It is *scored* where token t + 2 belongs to an answer.
-"""
+"""What drafters are trained to minimise: the EAGLE and the HASS objective, and the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checks import COUNT, NOT_NEGATIVE, check_numbers
 from ..drafters.modeling_eagle import EagleDrafter
 from .features import features_of
-
-IGNORED = -100  # label of a token that no drafter is asked to foresee
+from .steps import IGNORED, accepted_chains, harmonised_steps, scored_slots
 
 
 @dataclass(frozen=True)
@@ -52,18 +48,6 @@ class ObjectiveOptions:
         if not self.regression_weight + self.token_weight + self.top_k_weight:
             raise ValueError("All weights of the objective are 0, expected one above.")
 
-    @classmethod
-    def named(cls, name: str, **changes: float | int) -> ObjectiveOptions:
-        """`eagle` or `hass` as published, with some values changed.
-
-        Raises:
-            ValueError: for another name.
-        """
-        published = {"eagle": {}, "hass": {"steps": 3, "top_k_weight": 1.0}}
-        if name not in published:
-            raise ValueError(f"`objective` is {name!r}, expected one of {list(published)}.")
-        return cls(**{**published[name], **changes})
-
 
 class FrozenTarget:
     """What training needs of the target, outside of any module that is trained or saved.
@@ -91,76 +75,6 @@ class FrozenTarget:
         return F.linear(features.to(weight.dtype), weight, bias).float()
 
 
-def harmonised_steps(
-    drafter: EagleDrafter, embeds: torch.Tensor, features: torch.Tensor, steps: int
-) -> Iterator[torch.Tensor]:
-    """Predictions when drafting 1, 2, ... `steps` tokens deep, at every slot at once.
-
-    Step j at slot p is what the drafter computes at the j-th node of a chain that starts from the
-    true features up to slot p - j + 1 and follows the true tokens. It reads its own prediction
-    from step j - 1 at slot p - 1; its attention sees true slots up to p - j + 1, and behind them
-    the slot p - j + i of each step i < j: the slots that chain would have left in the cache
-    (HASS, harmonised context alignment). Every step's slots are appended to one key-value cache
-    and a mask picks among them, so this runs the modules that drafting runs. The authors' training
-    code instead multiplies attention logits by 0 or 1 and masks again after the softmax without
-    normalising anew; inference does neither.
-
-    As there, gradients do not flow through the features handed from step to step.
-
-    Args:
-        embeds: (batch, slots, hidden): embeddings of the next tokens.
-        features: (batch, slots, hidden): true features.
-        steps: how deep.
-
-    Yields:
-        (batch, slots, hidden) for each step. The first j - 1 slots of step j start no chain.
-    """
-    batch, slots = embeds.shape[:2]
-    device = embeds.device
-    if steps == 1:
-        yield drafter(inputs_embeds=embeds, features=features).last_hidden_state
-        return
-    cache = DynamicCache(config=drafter.trunk.config)
-    positions = torch.arange(slots, device=device)[None].expand(batch, -1)
-    query = torch.arange(slots, device=device)[:, None]
-    key = torch.arange(slots, device=device)[None]
-    inputs = features
-    for step in range(1, steps + 1):
-        mask = None  # causal
-        if step > 1:
-            visible = [key <= query - step + 1]
-            visible += [key == query - step + i for i in range(2, step + 1)]
-            mask = torch.cat(visible, dim=1)[None, None].expand(batch, 1, -1, -1)
-            if drafter.trunk.config._attn_implementation == "eager":
-                lowest = torch.finfo(embeds.dtype).min
-                mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, lowest)
-        hidden = drafter(
-            inputs_embeds=embeds,
-            features=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-        ).last_hidden_state
-        yield hidden
-        inputs = torch.cat([features[:, :1], hidden[:, :-1].detach().to(features.dtype)], dim=1)
-
-
-def scored_slots(labels: torch.Tensor, steps: int) -> list[torch.Tensor]:
-    """Which slots are scored at each step: (batch, length - 2) bool, one for each step.
-
-    At step j those whose chain of j drafted tokens lies within one answer.
-
-    Args:
-        labels: (batch, length) int64: token ids, `IGNORED` outside of answers.
-    """
-    first = labels[:, 2:] != IGNORED
-    scored = [first]
-    for _ in range(1, steps):
-        shifted = F.pad(scored[-1][:, :-1], (1, 0), value=False)
-        scored.append(first & shifted)
-    return scored
-
-
 @dataclass(frozen=True)
 class _Wanted:
     """What n slots should predict; the same at every step, so it is computed once.
@@ -179,12 +93,23 @@ class _Wanted:
 class DraftObjective(nn.Module):
     """A drafter with the loss it is trained on; in evaluation mode, with what is measured.
 
+    An objective is a subclass that was given a name by [`register_objective`].
+
     Args:
         drafter: the model that is trained.
         frozen: the target's side, not part of this module's state.
         options: which losses.
         evaluation_depth: length of the drafts that are replayed in evaluation.
     """
+
+    title: ClassVar[str]
+    """What model cards call drafters that were trained with it."""
+
+    backbone: ClassVar[str]
+    """What their configurations say of it: a value of `EagleDrafterConfig.backbone`."""
+
+    published: ClassVar[Mapping[str, float | int]] = {}
+    """Options of the paper, where they are not the defaults of [`ObjectiveOptions`]."""
 
     # Read by transformers' Trainer: the loss divides by the number of labels by itself.
     accepts_loss_kwargs = True
@@ -201,6 +126,11 @@ class DraftObjective(nn.Module):
         self.options = options
         self.evaluation_depth = evaluation_depth
         self._frozen = (frozen,)  # in a tuple: its tensors are the target's
+
+    @classmethod
+    def options_with(cls, **changes: float | int) -> ObjectiveOptions:
+        """The options as published, with some values changed."""
+        return ObjectiveOptions(**{**cls.published, **changes})
 
     @property
     def frozen(self) -> FrozenTarget:
@@ -225,7 +155,7 @@ class DraftObjective(nn.Module):
 
         Returns:
             `loss`, and in training the sums `regression`, `token` and `top_k`, detached, in
-            evaluation `counts` (see [`replay`]).
+            evaluation `counts` (see [`accepted_chains`]).
         """
         dtype = self.drafter.dtype
         # The target computes as it does in decoding, whatever precision the drafter is trained in.
@@ -306,29 +236,62 @@ class DraftObjective(nn.Module):
             if step == 0:
                 wanted = self._wanted(features[:, 1:][scored[0]])
                 found = self._losses(hidden[scored[0]], wanted, scored[0][scored[0]])
-        counts = replay(hits, scored[0])
+        counts = accepted_chains(hits, scored[0])
         weights = {name: getattr(self.options, f"{name}_weight") for name in found}
         loss = sum(weights[name] * value for name, value in found.items())
         return {"loss": loss / counts[:, 0].sum().clamp(min=1), "counts": counts}
 
 
-def replay(hits: list[torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
-    """What chains of drafts would have had accepted, had one started at every scored slot.
+_REGISTRY: dict[str, type[DraftObjective]] = {}
+_Class = TypeVar("_Class", bound=type[DraftObjective])
 
-    Args:
-        hits: for each depth j, (batch, slots) bool: whether the token drafted by step j at a slot
-            is the true one.
-        scored: (batch, slots) bool: slots a chain can start from.
 
-    Returns:
-        (batch, 1 + depths) float32: chains, and of these those accepted to depth 1, 2, ... or
-        deeper. The sum of the latter over the former is the accepted length.
+def register_objective(name: str) -> Callable[[_Class], _Class]:
+    """Class decorator: make an objective available as `--objective name`.
+
+    Raises:
+        ValueError: if the name is taken.
     """
-    counts = [scored.sum(dim=1)]
-    alive = scored
-    for hit in hits:
-        # A chain that started at slot p is at slot p + j - 1 at step j.
-        alive = alive & hit
-        counts.append(alive.sum(dim=1))
-        alive = F.pad(alive[:, :-1], (1, 0), value=False)
-    return torch.stack(counts, dim=1).float()
+
+    def register(cls: _Class) -> _Class:
+        if name in _REGISTRY:
+            raise ValueError(f"An objective named {name!r} is registered already.")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def list_objectives() -> tuple[str, ...]:
+    """The registered names."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get_objective(name: str) -> type[DraftObjective]:
+    """An objective by its name.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"`objective` is {name!r}, expected one of {', '.join(list_objectives())}."
+        )
+    return _REGISTRY[name]
+
+
+@register_objective("eagle")
+class Eagle(DraftObjective):
+    """Features and the target's whole distribution, one token deep (arXiv 2401.15077)."""
+
+    title = "EAGLE-2"
+    backbone = "eagle2"
+
+
+@register_objective("hass")
+class Hass(DraftObjective):
+    """The same three tokens deep, and the target's likeliest tokens (arXiv 2408.15766)."""
+
+    title = "HASS"
+    backbone = "hass"
+    published: ClassVar[Mapping[str, float | int]] = {"steps": 3, "top_k_weight": 1.0}

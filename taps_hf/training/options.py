@@ -23,11 +23,15 @@ from ..checks import (
 )
 from .conversations import DataSource
 from .muon import check_muon
-from .objectives import ObjectiveOptions
+from .objectives import ObjectiveOptions, get_objective, list_objectives
 
-OBJECTIVES = ("eagle", "hass")
-STARTS = ("random", "least_squares")
-OPTIMIZERS = ("adamw", "muon")
+# Of fields that take some texts only; what `objective` takes, its registry says.
+_CHOICES = {
+    "start": ("random", "least_squares"),
+    "optimizer": ("adamw", "muon"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "device": (None, "cpu", "cuda"),
+}
 _RANGES = {
     "held_out": Range(above=0, below=1),
     "eval_rows": COUNT,
@@ -68,7 +72,7 @@ class TrainOptions:
     data: list[str] = _option([], "files of JSON lines or Hub data sets: NAME, NAME:ROWS, NAME:N%%")
     out: str = _option("", "folder to write the drafter to")
     license: str | None = _option(None, "of the drafter, named in its card (as the Hub names it)")
-    objective: str = _option("eagle", "eagle or hass, as published")
+    objective: str = _option("eagle", f"as published: {' or '.join(list_objectives())}")
     init_from: str | None = _option(None, "drafter to start from (HASS starts from EAGLE's)")
     start: str = _option("random", "projection of a new drafter: random, or least_squares")
     eval_data: list[str] = _option([], "more sources of which the held-out rows are measured")
@@ -114,18 +118,12 @@ class TrainOptions:
             raise ValueError("`out` is empty, expected a folder to write.")
         if Path(self.out).is_file():
             raise ValueError(f"`out` is {self.out}, a file; expected a folder.")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"`objective` is {self.objective!r}, expected one of {OBJECTIVES}.")
-        if self.start not in STARTS:
-            raise ValueError(f"`start` is {self.start!r}, expected one of {STARTS}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"`optimizer` is {self.optimizer!r}, expected one of {OPTIMIZERS}.")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                known = ", ".join(filter(None, choices))
+                raise ValueError(f"`{name}` is {value!r}, expected one of {known}.")
         if self.optimizer == "muon":
             check_muon()
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"`dtype` is {self.dtype!r}, expected bfloat16, float16 or float32.")
-        if self.device not in (None, "cpu", "cuda"):
-            raise ValueError(f"`device` is {self.device!r}, expected cpu or cuda.")
         if self.device is not None:
             check_device(self.device)
         check_numbers(self, _RANGES)
@@ -138,7 +136,7 @@ class TrainOptions:
         """The objective by its name, with what was changed."""
         names = [f.name for f in dataclasses.fields(ObjectiveOptions)]
         changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        return ObjectiveOptions.named(self.objective, **changes)
+        return get_objective(self.objective).options_with(**changes)
 
     def sources(self) -> list[DataSource]:
         """The data asked for."""

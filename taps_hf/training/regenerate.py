@@ -21,15 +21,22 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import CACHE, InPlaceCache
 from ..checks import COUNT, NOT_NEGATIVE, SEED, check_numbers
-from ..files import cut_off, digest_of_file, hold, read_json, starts_like, write_json
+from ..files import (
+    check_writable,
+    cut_off,
+    digest_of_file,
+    hold,
+    read_json,
+    starts_like,
+    write_json,
+)
 from .conversations import (
     DataReport,
-    DataSource,
+    SourceRow,
     UnusableRowError,
     digest_of,
     messages_of,
     prompt_of,
-    read_mixture,
 )
 from .encoding import encode_prompt
 from .features import FeatureStore
@@ -167,12 +174,12 @@ class _Prompt:
 def regenerate(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[DataSource],
+    rows: Sequence[SourceRow],
     out: Path,
     options: RegenerateOptions,
     store: FeatureStore | None = None,
 ) -> DataReport:
-    """Have the target answer the questions of `sources`; appends JSON lines to `out`.
+    """Have the target answer the questions in `rows`; appends JSON lines to `out`.
 
     A line has `messages` (the answer last), `input_ids` and `answer_start` (the exact tokens),
     `finish_reason` (`stop` or `length`), `source` and `index`. A run that was stopped goes on where
@@ -180,14 +187,17 @@ def regenerate(
     the answers of that run is never cut off.
 
     Args:
+        rows: conversations, in the order in which they are dealt with.
         store: where to keep the features the target computed on the way.
+
+    Returns:
+        how many of the rows were used, and why others were not.
 
     Raises:
         ValueError: if `out` was written with other options or another target, or not by this
-            command alone, or if the sources cannot be read.
+            command alone.
     """
     report = DataReport()
-    rows = read_mixture(sources, report, options.seed)
     asked = {
         "target": target.config.name_or_path,
         "dtype": str(target.dtype),
@@ -281,6 +291,7 @@ def check_answers(out: Path) -> dict[str, Any]:
         ValueError: if there is such a file and this command did not write it, or not all of it.
     """
     file = _state_file(out)
+    check_writable(out)
     if out.is_dir():
         raise ValueError(f"{out} is a folder, expected a file of JSON lines.")
     if not file.exists():
@@ -288,10 +299,15 @@ def check_answers(out: Path) -> dict[str, Any]:
             raise ValueError(f"{out} exists, but {file.name} does not; expected a new file.")
         return {"done": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     state = read_json(file, f"the state of {out.name}")
-    if not {"asked", "done", "bytes", "sha256"} <= set(state):
+    if not {"asked", "done", "bytes"} <= set(state):
         raise ValueError(f"{file} is not the state of {out.name}; expected another name of `out`.")
-    found = digest_of_file(out, state["bytes"]) if out.exists() else None
-    if found != state["sha256"]:
+    if not out.exists() and not state["bytes"]:  # it was stopped between its first two writes
+        return {**state, "sha256": hashlib.sha256().hexdigest()}
+    found = None
+    if out.exists() and out.stat().st_size >= state["bytes"]:
+        found = digest_of_file(out, state["bytes"])
+    # Earlier versions noted no digest.
+    if found is None or found != state.setdefault("sha256", found):
         raise ValueError(
             f"{out} is not as it was left: its first {state['bytes']} bytes differ from those that "
             f"{file.name} tells of; expected the same file, or a new name."

@@ -14,7 +14,8 @@ from transformers import EvalPrediction, Trainer
 
 from .encoding import Example
 from .features import FeatureStore
-from .objectives import IGNORED, DraftObjective
+from .objectives import DraftObjective
+from .steps import IGNORED
 
 
 class ExampleDataset(Dataset):
@@ -120,7 +121,7 @@ class DrafterTrainer(Trainer):
 
 
 def measures_of(prediction: EvalPrediction) -> dict[str, float]:
-    """What the counts of [`objectives.replay`] say about drafts.
+    """What the counts of [`steps.accepted_chains`] say about drafts.
 
     Returns:
         `top_1`: how often the first token was right; `deep_acceptance`: how often the last one was

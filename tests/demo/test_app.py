@@ -31,7 +31,7 @@ def app():
     ("arguments", "message"),
     [
         (["--target", "no/such/folder"], "The target could not be loaded from 'no/such/folder'"),
-        (["--drafters", "math"], "`--drafters` is ['math'], expected NAME=PATH"),
+        (["--drafters", "math"], "`drafters` is ['math'], expected NAME=PATH"),
         (
             ["--drafters", "math=no/such/folder"],
             "Drafter 'math' could not be loaded",

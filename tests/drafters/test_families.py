@@ -40,3 +40,14 @@ def test_every_family_is_in_the_table_once():
         assert text.count(row) == 1
     assert "## Works: 2" in text
     assert "Wrong" not in text
+
+
+def test_only_a_table_is_written_over(tmp_path):
+    file = tmp_path / "families.md"
+    families.check_output(file)
+    file.write_text(table([]))
+    families.check_output(file)
+    file.write_text("# Families of mine\n")
+    with pytest.raises(ValueError, match="holds something else"):
+        families.main(["none", "--output", str(file)])
+    assert file.read_text() == "# Families of mine\n"

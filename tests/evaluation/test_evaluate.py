@@ -162,6 +162,28 @@ def test_bad_input_is_refused_and_named(folder, tmp_path, capsys):
     assert not (tmp_path / "out" / "replay.jsonl").exists()
 
 
+def test_folders_of_other_kinds_are_refused_before_a_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("taps_hf.evaluation.evaluate.load_target", None)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def refused(message: str, *more: str) -> None:
+        before = tree_of(tmp_path)
+        assert main(arguments(folder, out, *more)) == 2
+        assert message in capsys.readouterr().err
+        assert tree_of(tmp_path) == before
+
+    refused("`records` and `out` are both", "--records", str(out))
+    for text, message in [
+        ("[]", "expected the settings of an evaluation"),
+        ('{"target": "as records have it"}', "is not of an evaluation"),
+    ]:
+        (out / "settings.json").write_text(text)
+        refused(message)
+
+
 def test_tables_in_three_ways():
     from taps_hf.evaluation.metrics import Estimate
 

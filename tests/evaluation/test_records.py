@@ -86,7 +86,17 @@ def test_features_can_be_kept_in_half_the_room(tmp_path):
     assert store.load(file).features.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"batch_size": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"batch_size": 0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+    ],
+)
 def test_bad_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
         RecordOptions(**wrong)

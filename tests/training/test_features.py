@@ -89,3 +89,21 @@ def test_misfits_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="room for"):
         fill_store(store, tiny_target(), ROWS)
     assert len(store) == 0
+
+
+def test_other_folders_are_left_as_they_are(tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    (tmp_path / "features.bin").write_text("mine")
+    with pytest.raises(ValueError, match="holds other things"):
+        store_in(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["features.bin", "lock"]
+    assert {file.read_text() for file in tmp_path.iterdir()} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["features", "tokens"])
+def test_a_store_that_was_cut_short_is_refused(tmp_path, name):
+    fill_store(store_in(tmp_path), tiny_target(), ROWS)
+    file = tmp_path / f"{name}.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{name}\.bin has \d+ bytes, expected \d+ at least"):
+        store_in(tmp_path)

@@ -6,17 +6,20 @@ from torch.nn import functional as F
 
 from taps_hf import ChainTree, EagleDrafter, TreeShape
 from taps_hf.drafters.base import DraftRequest
+from taps_hf.drafters.configuration_eagle import BACKBONES
 from taps_hf.target import LAST
+from taps_hf.training import objectives
 from taps_hf.training.features import features_of
 from taps_hf.training.objectives import (
-    IGNORED,
     DraftObjective,
     FrozenTarget,
     ObjectiveOptions,
-    harmonised_steps,
-    replay,
-    scored_slots,
+    get_objective,
+    list_objectives,
+    register_objective,
 )
+from taps_hf.training.options import TrainOptions
+from taps_hf.training.steps import IGNORED, accepted_chains, harmonised_steps, scored_slots
 
 from ..tiny import FAMILIES, prompt, tiny_drafters, tiny_target
 
@@ -139,7 +142,7 @@ def test_the_loss_is_what_the_papers_say(steps, draft_vocab):
 @torch.no_grad()
 def test_padding_changes_nothing():
     target, drafter = tiny_target(), tiny_drafters(1)[0]
-    options = ObjectiveOptions.named("hass", noise=0.0)
+    options = get_objective("hass").options_with(noise=0.0)
     objective = DraftObjective(drafter, FrozenTarget(target, drafter), options).train()
     ids = prompt(12)
     labels = ids.clone()
@@ -155,7 +158,7 @@ def test_padding_changes_nothing():
 def test_only_the_drafter_is_trained_and_kept():
     target, drafter = tiny_target(), tiny_drafters(1)[0]
     frozen = FrozenTarget(target, drafter)
-    objective = DraftObjective(drafter, frozen, ObjectiveOptions.named("hass"))
+    objective = DraftObjective(drafter, frozen, get_objective("hass").options_with())
     assert set(objective.state_dict()) == {f"drafter.{name}" for name in drafter.state_dict()}
     assert len(list(objective.parameters())) == len(list(drafter.parameters()))
     ids = prompt(9)
@@ -203,7 +206,7 @@ def test_replayed_chains_are_counted_as_one_by_one():
                     if start + j >= 28 or not hits[j][row, start + j]:
                         break
                     expected[j + 1] += 1
-    found = replay(hits, scored[0])
+    found = accepted_chains(hits, scored[0])
     assert found.shape == (3, 5)
     assert found.sum(dim=0).tolist() == expected
 
@@ -247,8 +250,24 @@ def test_bad_options_are_refused(wrong, message):
 
 
 def test_published_objectives():
-    assert ObjectiveOptions.named("eagle") == ObjectiveOptions()
-    hass = ObjectiveOptions.named("hass", noise=0.3)
+    assert list_objectives() == ("eagle", "hass")
+    assert get_objective("eagle").options_with() == ObjectiveOptions()
+    hass = get_objective("hass").options_with(noise=0.3)
     assert (hass.steps, hass.top_k_weight, hass.top_k, hass.noise) == (3, 1.0, 10, 0.3)
-    with pytest.raises(ValueError, match="expected one of"):
-        ObjectiveOptions.named("medusa")
+    for name in list_objectives():
+        assert get_objective(name).backbone in BACKBONES
+    with pytest.raises(ValueError, match="expected one of eagle, hass"):
+        get_objective("medusa")
+
+
+def test_an_objective_is_one_class(monkeypatch):
+    monkeypatch.setattr(objectives, "_REGISTRY", {**objectives._REGISTRY})
+
+    @register_objective("deeper")
+    class Deeper(DraftObjective):
+        title, backbone, published = "Deeper", "hass", {"steps": 5}
+
+    options = TrainOptions(data=["a.jsonl"], out="x", objective="deeper", noise=0.2)
+    assert options.objective_options() == ObjectiveOptions(steps=5, noise=0.2)
+    with pytest.raises(ValueError, match="registered already"):
+        register_objective("deeper")(Deeper)

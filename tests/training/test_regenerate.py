@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from taps_hf.training.conversations import DataReport, DataSource, read_mixture
+from taps_hf.cli import main
+from taps_hf.training.conversations import DataReport, DataSource, SourceRow, read_mixture
 from taps_hf.training.encoding import encode_rows
 from taps_hf.training.features import FeatureStore, features_of
 from taps_hf.training.regenerate import RegenerateOptions, answer_batch, regenerate
@@ -61,6 +63,10 @@ def questions(tmp_path) -> DataSource:
     return DataSource(str(file))
 
 
+def rows_of(source: DataSource) -> list[SourceRow]:
+    return read_mixture([source], DataReport())
+
+
 def named_target():
     target = copy.copy(tiny_target())
     target.generation_config = copy.deepcopy(target.generation_config)
@@ -76,7 +82,7 @@ def test_a_stopped_run_goes_on_to_the_same_answers(questions, tmp_path, monkeypa
     tokenizer, target = chat_tokenizer(CHATML), named_target()
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     store = FeatureStore(tmp_path / "features", "tiny", 32)
-    report = regenerate(target, tokenizer, [questions], whole, options, store)
+    report = regenerate(target, tokenizer, rows_of(questions), whole, options, store)
     assert report.used == 9
     assert sum(report.problems.values()) == 2
     calls = []
@@ -89,13 +95,16 @@ def test_a_stopped_run_goes_on_to_the_same_answers(questions, tmp_path, monkeypa
 
     monkeypatch.setattr("taps_hf.training.regenerate.answer_batch", failing)
     with pytest.raises(KeyboardInterrupt):
-        regenerate(target, tokenizer, [questions], stopped, options)
+        regenerate(target, tokenizer, rows_of(questions), stopped, options)
     with stopped.open("a") as file:
         file.write('{"messages": [{"half a li')
-    assert regenerate(target, tokenizer, [questions], stopped, options).problems == report.problems
+    assert (
+        regenerate(target, tokenizer, rows_of(questions), stopped, options).problems
+        == report.problems
+    )
     assert stopped.read_text() == whole.read_text()
     before = len(calls)
-    regenerate(target, tokenizer, [questions], stopped, options)
+    regenerate(target, tokenizer, rows_of(questions), stopped, options)
     assert len(calls) == before  # there was nothing left to do
 
     rows = [json.loads(line) for line in whole.open()]
@@ -108,10 +117,50 @@ def test_a_stopped_run_goes_on_to_the_same_answers(questions, tmp_path, monkeypa
     assert len(examples) == read.used == 9
 
     with pytest.raises(ValueError, match="was begun with"):
-        regenerate(target, tokenizer, [questions], whole, RegenerateOptions())
+        regenerate(target, tokenizer, rows_of(questions), whole, RegenerateOptions())
     (tmp_path / "whole.jsonl.state.json").unlink()
     with pytest.raises(ValueError, match="expected a new file"):
-        regenerate(target, tokenizer, [questions], whole, options)
+        regenerate(target, tokenizer, rows_of(questions), whole, options)
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_runs_that_earlier_versions_began_go_on(questions, tmp_path, done):
+    """They noted no digest, and the state before there was a file."""
+    options = RegenerateOptions(max_prompt_tokens=20, max_new_tokens=6, batch_size=4, chunk_size=4)
+    given = (named_target(), chat_tokenizer(CHATML), rows_of(questions))
+    out, whole = tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"
+    regenerate(*given, whole, options)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    first = sum(json.loads(line)["index"] < done for line in lines)  # other rows were left out
+    state = json.loads((tmp_path / "whole.jsonl.state.json").read_text())
+    state |= {"done": done, "bytes": sum(map(len, lines[:first]))}
+    del state["sha256"]
+    (tmp_path / "answers.jsonl.state.json").write_text(json.dumps(state))
+    if done:
+        out.write_bytes(b"".join(lines[: first + 1])[:-5])
+        half = out.read_bytes()
+        out.write_bytes(half[: state["bytes"] - 1])
+        with pytest.raises(ValueError, match="is not as it was left"):
+            regenerate(*given, out, options)
+        out.write_bytes(half)
+    regenerate(*given, out, options)
+    assert out.read_bytes() == whole.read_bytes()
+    assert "sha256" in json.loads((tmp_path / "answers.jsonl.state.json").read_text())
+
+
+def test_bad_files_are_refused_before_a_model_is_loaded(questions, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("taps_hf.training.commands.load_target", None)
+    given = ["regenerate", "--device", "cpu", "--data", questions.name, "--out"]
+    for more, message in [
+        ([questions.name], "expected a new file"),
+        ([str(tmp_path)], "is a folder"),
+        ([f"{questions.name}/a"], "questions.jsonl is no folder"),
+        ([str(tmp_path / "new.jsonl"), "--features", str(tmp_path)], "holds other things"),
+        ([str(tmp_path / "new.jsonl"), "--data", "none.jsonl"], "none.jsonl does not exist"),
+    ]:
+        assert main([*given, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [Path(questions.name)]
 
 
 def test_what_others_wrote_is_never_cut_off(questions, tmp_path):
@@ -122,13 +171,13 @@ def test_what_others_wrote_is_never_cut_off(questions, tmp_path):
     def refused(message: str) -> None:
         before = out.read_bytes() if out.is_file() else None
         with pytest.raises(ValueError, match=message):
-            regenerate(target, tokenizer, [questions], out, options)
+            regenerate(target, tokenizer, rows_of(questions), out, options)
         assert before is None or out.read_bytes() == before
 
     out.write_text("my thesis")
     refused("expected a new file")
     out.unlink()
-    regenerate(target, tokenizer, [questions], out, options)
+    regenerate(target, tokenizer, rows_of(questions), out, options)
     written = out.read_bytes()
     for tail in (b'{"messages": [], "index": 0}\n', b"a line of mine", b"[1]\n"):
         out.write_bytes(written + tail)

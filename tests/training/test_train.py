@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from taps_hf import EagleDrafter
 from taps_hf.cli import main
 from taps_hf.training.encoding import Example
+from taps_hf.training.folders import last_checkpoint
 from taps_hf.training.options import TrainOptions, train_options
-from taps_hf.training.train import _last_checkpoint, is_held_out, train
+from taps_hf.training.rows import is_held_out
+from taps_hf.training.train import train
 
 from ..saved import tree_of
 from ..tiny import tiny_target
@@ -90,6 +92,31 @@ def test_nothing_that_others_wrote_is_touched(options, tmp_path, monkeypatch, pl
     with pytest.raises(ValueError, match="expected"):
         train(replace(options, out=str(out)))
     assert tree_of(tmp_path) == before
+
+
+def test_folders_that_would_be_lost_are_refused(options, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("taps_hf.training.train.load_target", None)  # nothing is loaded
+
+    def refused(message: str, **changes) -> None:
+        before = tree_of(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            train(replace(options, **changes))
+        assert tree_of(tmp_path) == before
+
+    out, work = Path(options.out), Path(options.out + ".checkpoints")
+    shutil.copytree(folder / "target", tmp_path / "target")
+    target = str(tmp_path / "target")
+    refused("`target` is .* `out` would replace", out=target, target=target)
+    refused("`features` is .* `out` would replace", features=[str(out / "features")])
+    refused("`features` is .*; expected one elsewhere", features=[str(work / "features")])
+    refused("holds other things", features=[target])
+    refused("deletes old checkpoints", out=str(tmp_path / "a.checkpoints" / "checkpoint-7"))
+    work.mkdir()
+    (work / "options.json").write_text("{}")
+    shutil.copy(options.data[0], work / "rows.jsonl")
+    refused("`data` is .*, where old checkpoints are deleted", data=[str(work / "rows.jsonl")])
+    (work / "checkpoint-7-kept").mkdir()
+    refused("holds checkpoint-7-kept; expected nothing there")
 
 
 def test_a_result_takes_the_place_of_the_same_runs_alone(options, tmp_path):
@@ -213,7 +240,7 @@ def test_a_stopped_run_ends_with_the_same_bits(options, tmp_path, monkeypatch, s
     last = Path(stopped.out + ".checkpoints", "checkpoint-999")
     last.mkdir()
     (last / "trainer_state.json").write_text('{"half')
-    assert _last_checkpoint(last.parent).endswith(str(_steps(last.parent, below=999)))
+    assert last_checkpoint(last.parent).endswith(str(_steps(last.parent, below=999)))
     with pytest.raises(ValueError, match=r"begun with other options.*learning_rate"):
         train(replace(stopped, learning_rate=1e-3))
 

@@ -7,7 +7,7 @@ from transformers import EvalPrediction
 
 from taps_hf.training.encoding import Example
 from taps_hf.training.features import FeatureStore, features_of, fill_store
-from taps_hf.training.objectives import IGNORED
+from taps_hf.training.steps import IGNORED
 from taps_hf.training.trainer import (
     ExampleDataset,
     LengthSampler,

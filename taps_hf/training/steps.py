@@ -1,0 +1,109 @@
+"""Drafting in training: what is predicted how deep, which slots count, what would be accepted.
+
+Slot t of a drafter reads (token t + 1, feature t) and predicts feature t + 1, from which the
+target's head scores token t + 2. It is *scored* where token t + 2 belongs to an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from ..drafters.modeling_eagle import EagleDrafter
+
+IGNORED = -100  # label of a token that no drafter is asked to foresee
+
+
+def harmonised_steps(
+    drafter: EagleDrafter, embeds: torch.Tensor, features: torch.Tensor, steps: int
+) -> Iterator[torch.Tensor]:
+    """Predictions when drafting 1, 2, ... `steps` tokens deep, at every slot at once.
+
+    Step j at slot p is what the drafter computes at the j-th node of a chain that starts from the
+    true features up to slot p - j + 1 and follows the true tokens. It reads its own prediction
+    from step j - 1 at slot p - 1; its attention sees true slots up to p - j + 1, and behind them
+    the slot p - j + i of each step i < j: the slots that chain would have left in the cache
+    (HASS, harmonised context alignment). Every step's slots are appended to one key-value cache
+    and a mask picks among them, so this runs the modules that drafting runs. The authors' training
+    code instead multiplies attention logits by 0 or 1 and masks again after the softmax without
+    normalising anew; inference does neither.
+
+    As there, gradients do not flow through the features handed from step to step.
+
+    Args:
+        embeds: (batch, slots, hidden): embeddings of the next tokens.
+        features: (batch, slots, hidden): true features.
+        steps: how deep.
+
+    Yields:
+        (batch, slots, hidden) for each step. The first j - 1 slots of step j start no chain.
+    """
+    batch, slots = embeds.shape[:2]
+    device = embeds.device
+    if steps == 1:
+        yield drafter(inputs_embeds=embeds, features=features).last_hidden_state
+        return
+    cache = DynamicCache(config=drafter.trunk.config)
+    positions = torch.arange(slots, device=device)[None].expand(batch, -1)
+    query = torch.arange(slots, device=device)[:, None]
+    key = torch.arange(slots, device=device)[None]
+    inputs = features
+    for step in range(1, steps + 1):
+        mask = None  # causal
+        if step > 1:
+            visible = [key <= query - step + 1]
+            visible += [key == query - step + i for i in range(2, step + 1)]
+            mask = torch.cat(visible, dim=1)[None, None].expand(batch, 1, -1, -1)
+            if drafter.trunk.config._attn_implementation == "eager":
+                lowest = torch.finfo(embeds.dtype).min
+                mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, lowest)
+        hidden = drafter(
+            inputs_embeds=embeds,
+            features=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+        ).last_hidden_state
+        yield hidden
+        inputs = torch.cat([features[:, :1], hidden[:, :-1].detach().to(features.dtype)], dim=1)
+
+
+def scored_slots(labels: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Which slots are scored at each step: (batch, length - 2) bool, one for each step.
+
+    At step j those whose chain of j drafted tokens lies within one answer.
+
+    Args:
+        labels: (batch, length) int64: token ids, `IGNORED` outside of answers.
+    """
+    first = labels[:, 2:] != IGNORED
+    scored = [first]
+    for _ in range(1, steps):
+        shifted = F.pad(scored[-1][:, :-1], (1, 0), value=False)
+        scored.append(first & shifted)
+    return scored
+
+
+def accepted_chains(hits: list[torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
+    """What chains of drafts would have had accepted, had one started at every scored slot.
+
+    Args:
+        hits: for each depth j, (batch, slots) bool: whether the token drafted by step j at a slot
+            is the true one.
+        scored: (batch, slots) bool: slots a chain can start from.
+
+    Returns:
+        (batch, 1 + depths) float32: chains, and of these those accepted to depth 1, 2, ... or
+        deeper. The sum of the latter over the former is the accepted length.
+    """
+    counts = [scored.sum(dim=1)]
+    alive = scored
+    for hit in hits:
+        # A chain that started at slot p is at slot p + j - 1 at step j.
+        alive = alive & hit
+        counts.append(alive.sum(dim=1))
+        alive = F.pad(alive[:, :-1], (1, 0), value=False)
+    return torch.stack(counts, dim=1).float()

@@ -1,0 +1,63 @@
+"""Loading drafters for a target."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+
+from taps_hf import EagleDrafter, tokenizer_fingerprint
+from taps_hf.loading import load_drafter
+
+from .tiny import tiny_drafters, tiny_target
+from .training.chat import CHATML, chat_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (drafter,) = tiny_drafters(1)
+    drafter.save_pretrained(tmp_path / "math")
+    return tmp_path / "math"
+
+
+def test_a_drafter_is_ready_to_draft(folder):
+    target = tiny_target()
+    drafter = load_drafter(str(folder), target, chat_tokenizer(CHATML))
+    assert not drafter.training
+    assert (drafter.device, drafter.dtype) == (target.device, torch.float32)
+    assert load_drafter(str(folder), target, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_drafters_that_do_not_fit_are_named(folder, tmp_path):
+    target, tokenizer = tiny_target(), chat_tokenizer(CHATML)
+
+    def refused(message: str, **more) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_drafter(str(folder), target, tokenizer, **more)
+
+    drafter = EagleDrafter.from_pretrained(folder)
+    drafter.config.tokenizer_fingerprint = "0123456789abcdef"
+    drafter.save_pretrained(folder)
+    refused(f"Drafter {str(folder)!r} was trained with a tokenizer of fingerprint 0123")
+    drafter.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+    drafter.save_pretrained(folder)
+    assert load_drafter(str(folder), target, tokenizer, name="math").config.vocab_size == 16
+    config = type(target.config)(**{**target.config.to_dict(), "vocab_size": 17})
+    EagleDrafter.from_target(type(target)(config)).save_pretrained(folder)
+    refused("Drafter 'math' has `vocab_size` 17, but the target's is 16", name="math")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    refused(f"Drafter 'math' ({folder}) cannot be loaded", name="math")
+    refused("`init_from` cannot be loaded", called="`init_from`")
+    with pytest.raises(OSError, match="nowhere"):
+        load_drafter(str(tmp_path / "nowhere"), target)
+
+
+def test_digests_follow_the_weights():
+    one, other = tiny_drafters()
+    assert one.digest() == one.digest()
+    assert one.digest() != other.digest()
+    rounded = copy.deepcopy(one).bfloat16()
+    assert rounded.digest() != one.digest()
+    assert copy.deepcopy(rounded).float().digest() == rounded.digest()
