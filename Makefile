@@ -48,6 +48,7 @@ test-oldest: $(VENV)-oldest/.installed
 quality: install
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/lint-imports --no-logo
 
 style: install
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -16,11 +16,13 @@ class Prompt:
         group: the file it is from, without its ending; figures are reported by group.
         line: its line there, from 1.
         text: what the user says.
+        later: what the user says in further turns.
     """
 
     group: str
     line: int
     text: str
+    later: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -43,7 +45,7 @@ def read_prompts(spec: str) -> list[Prompt]:
     file = Path(name)
     lines = file.read_text(encoding="utf-8").splitlines()
     found = [
-        Prompt(file.stem, number, _question(line, f"{file.name}, line {number}"))
+        Prompt(file.stem, number, *_turns(line, f"{file.name}, line {number}"))
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
@@ -53,18 +55,19 @@ def read_prompts(spec: str) -> list[Prompt]:
     return [found[i * len(found) // wanted] for i in range(wanted)]
 
 
-def _question(line: str, where: str) -> str:
+def _turns(line: str, where: str) -> tuple[str, tuple[str, ...]]:
+    """What the user says first, and later."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}).") from None
-    question = None
+    turns = None
     if isinstance(row, dict):
-        turns = row.get("turns")
-        question = turns[0] if isinstance(turns, list) and turns else row.get("instruction")
-    if not isinstance(question, str) or not question.strip():
+        turns = row.get("turns", [row.get("instruction")])
+    wanted = isinstance(turns, list) and turns
+    if not wanted or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError(
             f"{where}: expected an object with a non-empty list `turns` of texts, or a text "
             "`instruction`."
         )
-    return question
+    return turns[0], tuple(turns[1:])

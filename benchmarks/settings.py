@@ -68,7 +68,7 @@ def heading(settings: Mapping[str, Any]) -> str:
     )
 
 
-def command(argv: Sequence[str]) -> str:
+def command(argv: Sequence[str], script: str = "decode.py") -> str:
     """The command line; of paths that lead out of the working folder only the last part."""
     shown = [re.sub(r"(^|=)(/|\.\./)\S*/", r"\1", argument) for argument in argv]
-    return shlex.join(["python", "benchmarks/decode.py", *shown])
+    return shlex.join(["python", f"benchmarks/{script}", *shown])

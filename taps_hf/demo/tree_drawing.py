@@ -74,7 +74,7 @@ def _in_words(answer: Answer, cycle: CycleTrace, number: int) -> str:
     )
     if not cycle.drafters:
         return f"{of} Nothing was drafted.{went}"
-    both = sum(len(cycle.tree.proposers([i])) > 1 for i in range(1, len(cycle.tree)))
+    both = sum(len(cycle.tree.proposers(i)) > 1 for i in range(1, len(cycle.tree)))
     by = escape(" and ".join(names[i] for i in cycle.drafters))
     shared = f", {both} of them proposed by several" if len(cycle.drafters) > 1 else ""
     accepted = "".join(answer.label(token.token) for token in cycle.emitted[: len(cycle.path)])
@@ -103,7 +103,7 @@ def _nodes(answer: Answer, cycle: CycleTrace) -> _Node:
     nodes: list[_Node] = []
     verdicts = ["root", *cycle.verdicts[1:]]
     for i, (token, parent) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist())):
-        status, by = verdicts[i], tree.proposers([i]) if i else ()
+        status, by = verdicts[i], tree.proposers(i) if i else ()
         confidence = tree.confidence[list(by), i].tolist()
         label = answer.label(token)
         tip = f"{_quoted(label, as_html=False)}: "
