@@ -159,7 +159,15 @@ def test_targets_with_broken_tokenizers_are_named(files, tmp_path, capsys, conte
     target = tmp_path / "target"
     shutil.copytree(files / "tokenizer", target)
     (target / "tokenizer.json").write_text(content)
-    command = ["regenerate", "--target", str(target), "--data", "x", "--out", "y"]
+    command = [
+        "regenerate",
+        "--target",
+        str(target),
+        "--data",
+        str(files / "good.jsonl"),
+        "--out",
+        "y",
+    ]
     assert main([*command, "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"taps-hf: The tokenizer of {target} cannot be loaded")

@@ -120,8 +120,8 @@ class TrainOptions:
             raise ValueError(f"`out` is {self.out}, a file; expected a folder.")
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
-                known = ", ".join(filter(None, choices))
-                raise ValueError(f"`{name}` is {value!r}, expected one of {known}.")
+                *most, last = filter(None, choices)
+                raise ValueError(f"`{name}` is {value!r}, expected {', '.join(most)} or {last}.")
         if self.optimizer == "muon":
             check_muon()
         if self.device is not None:

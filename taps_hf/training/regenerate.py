@@ -213,23 +213,8 @@ def regenerate(
     ):
         done = _resume(out, asked)
         for start in range(0, len(rows), options.chunk_size):
-            prompts = []
-            for index in range(start, min(start + options.chunk_size, len(rows))):
-                row = rows[index]
-                # Drawn for every row, also on a run that goes on, so that the draws are the same.
-                rng = random.Random(f"{options.seed}/{index}")
-                try:
-                    messages = prompt_of(messages_of(row.fields), rng)
-                    ids = encode_prompt(tokenizer, messages)
-                    if len(ids) > options.max_prompt_tokens:
-                        raise UnusableRowError(
-                            f"a prompt of more than {options.max_prompt_tokens} tokens"
-                        )
-                except UnusableRowError as problem:
-                    report.count(str(problem), row.where)
-                    continue
-                report.used += 1
-                prompts.append(_Prompt(index, messages, ids, row.source))
+            chunk = range(start, min(start + options.chunk_size, len(rows)))
+            prompts = [*_prompts(rows, chunk, tokenizer, options, report)]
             if start >= done:
                 generator = torch.Generator(target.device).manual_seed(options.seed * 10**6 + start)
                 answers = _answer_chunk(target, prompts, end_ids, options, generator, store)
@@ -238,8 +223,32 @@ def regenerate(
                         (p.ids + a.tokens[:-1], a.features) for p, a in zip(prompts, answers)
                     )
                 _write(out, tokenizer, prompts, answers, end_ids, start + options.chunk_size)
-            progress.update(min(options.chunk_size, len(rows) - start))
+            progress.update(len(chunk))
     return report
+
+
+def _prompts(
+    rows: Sequence[SourceRow],
+    chunk: range,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RegenerateOptions,
+    report: DataReport,
+) -> Iterator[_Prompt]:
+    """What is asked of the rows in a chunk; the others are counted in the report."""
+    for index in chunk:
+        row = rows[index]
+        # Drawn by the row's index, so that a run that goes on draws the same.
+        rng = random.Random(f"{options.seed}/{index}")
+        try:
+            messages = prompt_of(messages_of(row.fields), rng)
+            ids = encode_prompt(tokenizer, messages)
+            if len(ids) > options.max_prompt_tokens:
+                raise UnusableRowError(f"a prompt of more than {options.max_prompt_tokens} tokens")
+        except UnusableRowError as problem:
+            report.count(str(problem), row.where)
+            continue
+        report.used += 1
+        yield _Prompt(index, messages, ids, row.source)
 
 
 def end_ids(target: PreTrainedModel) -> set[int]:
