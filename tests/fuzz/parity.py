@@ -32,7 +32,7 @@ def case(seed: int) -> None:
     history, mask = draw_tokens(choose, length), torch.ones(1, length, dtype=torch.long)
     if choose.random() < 0.2:  # left padding; and holes
         mask[0, : choose.randrange(length)] = 0
-    elif choose.random() < 0.1:
+    elif length > 1 and choose.random() < 0.1:
         mask[0, choose.randrange(length)] = 0
     caches: list[DynamicCache | None] = [None, None]
     for _ in range(choose.choice([1, 1, 2, 3])):
@@ -45,8 +45,8 @@ def case(seed: int) -> None:
         if answer is None:
             return
         history = torch.cat([history, answer], dim=1)
-        history = _between_turns(choose, history, caches)
-        mask = mask[:, : history.shape[1]]
+        history, kept = _between_turns(choose, history, caches)
+        mask = mask[:, :kept]
         more = torch.ones(1, history.shape[1] - mask.shape[1], dtype=torch.long)
         mask = torch.cat([mask, more], dim=1)
 
@@ -126,8 +126,12 @@ def _compare_caches(plain: DynamicCache, ours: DynamicCache, mask: torch.Tensor)
 
 def _between_turns(
     choose: random.Random, history: torch.Tensor, caches: list[DynamicCache | None]
-) -> torch.Tensor:
-    """Change `caches`; returns the next turn's text, which is longer than what they cover."""
+) -> tuple[torch.Tensor, int]:
+    """Change `caches`.
+
+    Returns:
+        the next turn's text, which is longer than what they cover, and how much of it is old.
+    """
     what = choose.choice(["keep", "keep", "exchange", "crop", "exchange and crop", "forget"])
     print(f"  {what}")
     if what == "forget":
@@ -140,8 +144,10 @@ def _between_turns(
         for cache in caches:
             cache.crop(-removed)
         history = history[:, : caches[0].get_seq_length()]
-        return torch.cat([history, draw_tokens(choose, choose.randint(1, 6))], dim=1)
-    return torch.cat([history, draw_tokens(choose, choose.randint(0, 6))], dim=1)
+    covered = 0 if caches[0] is None else caches[0].get_seq_length()
+    fewest = 1 if covered == history.shape[1] else 0
+    new = draw_tokens(choose, choose.randint(fewest, 6))
+    return torch.cat([history, new], dim=1), history.shape[1]
 
 
 def _rejection(choose: random.Random) -> None:
