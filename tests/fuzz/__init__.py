@@ -10,7 +10,7 @@ raises if something is wrong. It prints what it tries; that is shown if it fails
 | kind | what a case does |
 | --- | --- |
 | `parity` | a conversation, with and without drafters: same text, scores, streams, caches, draws |
-| `interruptions` | something raises in mid-generation: the cache is good, the models are as before |
+| `interruptions` | something raises in a generation: cache and models are good afterwards |
 | `threads` | eight threads share models: each gets what it gets alone |
 | `checkpoints` | a drafter's folder is broken: refused at loading, or it drafts losslessly |
 | `memory` | generations with changing partners: nothing piles up |
