@@ -34,6 +34,7 @@ def case(seed: int, generations: int = GENERATIONS) -> None:
         # Not `auto`: measuring takes seconds for each set of partners.
         strategy = choose.choice(["merged", "confidence", "entropy", "single"])
         call.ours |= {"assistant_models": drafters, "strategy": strategy}
+        call.common["max_new_tokens"] = 6
         call.common.pop("stop_strings", None)  # transformers keeps what it makes of eight of them
         target = tiny_target() if choose.random() < 0.9 else _new_target(choose)
         ids = draw_tokens(choose, choose.randint(1, 30))
