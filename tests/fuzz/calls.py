@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,25 +83,61 @@ class Whims(taps_hf.Strategy):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.cycles = self.emitted = 0
 
     def __repr__(self) -> str:
-        return f"Whims({self.seed})"
+        return f"{type(self).__name__}({self.seed})"
 
-    def _choose(self, history: Any) -> random.Random:
-        return random.Random(f"{self.seed}/{len(history)}")
+    def begin(self, context: Any) -> taps_hf.Strategy:
+        return copy.copy(self)
+
+    def observe(self, outcome: taps_hf.CycleOutcome) -> None:
+        self.cycles += 1
+        self.emitted += len(outcome.tokens)
 
     def drafters_to_run(self, num_drafters: int, history: Any) -> tuple[int, ...]:
-        choose = self._choose(history)
-        return tuple(sorted(choose.sample(range(num_drafters), choose.randint(0, num_drafters))))
+        choose = random.Random(f"{self.seed}/{self.cycles}")
+        count = choose.choice([0, *range(1, num_drafters + 1), num_drafters])
+        return tuple(sorted(choose.sample(range(num_drafters), count)))
 
     def compose(self, trees: Any, history: Any) -> taps_hf.Choice:
-        choose = self._choose(history)
+        choose = random.Random(f"{self.seed}/{self.cycles}")
         some = sorted(choose.sample(sorted(trees), choose.randint(1, len(trees))))
         pack = choose.choice([taps_hf.merge, taps_hf.concatenate])
         tree = pack([trees[index] for index in some])
-        if choose.random() < 0.5:
+        if choose.random() < 0.3:
             tree = tree.best(choose.randint(1, 20))
-        return taps_hf.Choice(tree, tuple(some))
+        return taps_hf.Choice(self.changed(tree, choose), tuple(some))
+
+    def changed(self, tree: taps_hf.DraftTree, choose: random.Random) -> taps_hf.DraftTree:
+        """What is verified instead."""
+        return tree
+
+
+class Foresees(Whims):
+    """Changes some proposals into what will be the answer: random drafters are seldom right.
+
+    Args:
+        answer: of plain `generate`; it may be given later.
+    """
+
+    def __init__(self, seed: int, answer: Sequence[int] = ()) -> None:
+        super().__init__(seed)
+        self.answer = answer
+
+    def changed(self, tree: taps_hf.DraftTree, choose: random.Random) -> taps_hf.DraftTree:
+        tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+        node = 0
+        for right in self.answer[self.emitted :]:
+            children = [child for child, parent in enumerate(parents) if parent == node]
+            if not children or choose.random() < 0.1:
+                break
+            node = choose.choice(children)
+            for child in children:  # siblings stay distinct
+                if tokens[child] == right:
+                    tokens[child] = tokens[node]
+            tokens[node] = right
+        return replace(tree, tokens=torch.tensor(tokens))
 
 
 @dataclass
@@ -153,6 +191,11 @@ class Call:
             return {**given, "custom_generate": taps_hf.SpeculativeDecoding(**settings)}
         return {**given, **ours}
 
+    def foretell(self, answer: list[int]) -> None:
+        """Tell the strategy, if it can use it, what plain `generate` has answered."""
+        if isinstance(self.ours["strategy"], Foresees):
+            self.ours["strategy"].answer = answer
+
     def seen(self) -> dict[str, list[Any]]:
         """What processors, criteria and streamers of the last arguments were shown."""
         return {name: observer.seen for name, observer in self.observers.items()}
@@ -203,6 +246,8 @@ def draw_drafting(choose: random.Random, family: str) -> Arguments:
 def draw_strategy(choose: random.Random, count: int) -> str | taps_hf.Strategy:
     """A registered strategy, or one with settings, for so many drafters."""
     names = [name for name in taps_hf.list_strategies() if _is_ours(name)]
+    if choose.random() < 0.3:
+        return Foresees(choose.randrange(1000))
     if choose.random() < 0.4:  # measuring for `auto` takes seconds, for each set of models
         name = choose.choice(names)
         return name if name != "auto" or choose.random() < 0.2 else _auto(choose, count)

@@ -79,19 +79,22 @@ def _turn(
             found.append(None)
             continue
         caches[drafted] = cache
-        found.append((output, call.seen(), torch.rand(3) if call.seed is not None else None))
+        sequence = output if isinstance(output, torch.Tensor) else output.sequences
+        if not drafted:
+            call.foretell(sequence[0, inputs.shape[1] :].tolist())
+        found.append(
+            (output, sequence, call.seen(), torch.rand(3) if call.seed is not None else None)
+        )
     if found[0] is None:
         assert found[1] is None, "plain generate raises, and with drafters it does not"
         return None
-    (plain, plain_seen, plain_next), (ours, our_seen, our_next) = found
-    as_dict = call.common["return_dict_in_generate"]
-    expected, sequence = (x.sequences if as_dict else x for x in (plain, ours))
-    assert torch.equal(sequence, expected), f"{sequence.tolist()}, expected {expected.tolist()}"
+    (plain, expected, plain_seen, plain_next), (ours, tokens, our_seen, our_next) = found
+    assert torch.equal(tokens, expected), f"{tokens.tolist()}, expected {expected.tolist()}"
     assert our_seen == plain_seen
     if plain_next is not None:
         assert torch.equal(our_next, plain_next), "other random numbers were drawn"
     _compare_caches(*caches, mask[0].bool())
-    if as_dict:
+    if call.common["return_dict_in_generate"]:
         _compare_details(ours, plain, expected.shape[1] - inputs.shape[1])
     return expected[:, inputs.shape[1] :]
 
