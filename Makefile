@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 CHECKED := taps_hf tests examples benchmarks metrics app.py
 
-.PHONY: install quickstart demo test test-fast test-oldest quality style clean
+.PHONY: install quickstart demo test test-fast test-oldest fuzz quality style clean
 
 # torch first and by itself, so that no other package chooses another build of it.
 $(VENV)/.installed: pyproject.toml
@@ -44,6 +44,12 @@ $(VENV)-oldest/.installed: pyproject.toml
 
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python $(PYTEST) -m "not real"
+
+# Random tests (tests/fuzz): all kinds for so long, or FUZZ_KIND=parity; FUZZ_SEED=17 repeats one case.
+FUZZ_SECONDS ?= 600
+fuzz: install
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) --jobs $(JOBS) \
+	    $(if $(FUZZ_KIND),--kind $(FUZZ_KIND)) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
 quality: install
 	$(BIN)/ruff check $(CHECKED)

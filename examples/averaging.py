@@ -52,6 +52,7 @@ def tau(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             assistant_models=drafters,
+            strategy="merged" if len(drafters) > 1 else "single",
             return_dict_in_generate=True,
         ).draft_trace
         for text in texts

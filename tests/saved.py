@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .tiny import VOCAB, tiny_drafters, tiny_target
@@ -14,6 +15,16 @@ _TEMPLATE = (
     "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 't3 t4' }}{% endif %}"
 )
+
+
+@functools.cache
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One letter a token, so that stop strings span several tokens. Cached: do not change it."""
+    vocabulary = {chr(ord("a") + i): i for i in range(VOCAB)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="a")
 
 
 def save_tiny_models(folder: Path) -> list[str]:

@@ -23,8 +23,8 @@ def tiny_arguments(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def real_target():
-    return _common.load_target(None)
+def real_target(real_folder):
+    return _common.load_target(str(real_folder))
 
 
 @pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.real)])
@@ -150,9 +150,31 @@ def test_averaging_compares_tau(arguments, capsys):
     assert averaging.main(arguments) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["tau", "math", "chat"]
-    taus = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines}
+    taus = {line.split()[0]: line.split()[1:] for line in lines}
     assert list(taus) == ["math", "chat", "average", "merged"]
-    assert all(1 <= value <= 13 for values in taus.values() for value in values)
+    model, tokenizer = target_of(arguments, averaging)
+    at = arguments.index("--drafters") if "--drafters" in arguments else None
+    drafters = _common.load_drafters(None if at is None else arguments[at + 1 : at + 3])
+    ways = {"math": [drafters["math"]], "merged": list(drafters.values())}
+    for name, assistants in ways.items():
+        for kind, tau in zip(("math", "chat"), taus[name]):
+            emitted = _tokens_a_cycle(model, tokenizer, assistants, kind, int(arguments[-1]))
+            assert tau == f"{sum(emitted) / len(emitted):.2f}", (name, kind)
+
+
+def _tokens_a_cycle(model, tokenizer, assistants, kind: str, limit: int) -> list[int]:
+    """Counted while the same answers are written."""
+    emitted: list[int] = []
+    for text in _common.prompts(kind)[:2]:
+        model.generate(
+            **_common.encode(tokenizer, text),
+            do_sample=False,
+            max_new_tokens=limit,
+            assistant_models=assistants,
+            strategy="merged",
+            on_cycle=lambda cycle: emitted.append(len(cycle.emitted)),
+        )
+    return emitted
 
 
 def test_drafters_score_what_was_asked_for():

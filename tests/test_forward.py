@@ -13,8 +13,7 @@ from accelerate.hooks import remove_hook_from_module
 from transformers import LlamaForCausalLM
 
 import taps_hf
-from tests.test_validation import refused
-from tests.tiny import prompt, tiny_drafters, tiny_target
+from tests.tiny import prompt, refused, tiny_drafters, tiny_target
 
 COMMON = {
     "max_new_tokens": 20,

@@ -11,12 +11,10 @@ import time
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedTokenizerFast,
     StoppingCriteriaList,
     pipeline,
 )
@@ -26,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import taps_hf
 from taps_hf.cache import CACHE
-from tests.tiny import FAMILIES, VOCAB, prompt, tiny_drafters, tiny_target
+from tests.tiny import FAMILIES, prompt, tiny_drafters, tiny_target
 
 WIDE = taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30)
 
@@ -35,16 +33,6 @@ def speculative(family: str = "llama", **kwargs) -> dict:
     """Not the default strategy: whether that one drafts depends on times."""
     drafters = tiny_drafters(2, family)
     return {"assistant_models": drafters, "strategy": "merged", "tree": WIDE, **kwargs}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One letter a token, so that stop strings span several tokens."""
-    vocabulary = {chr(ord("a") + i): i for i in range(VOCAB)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="a")
 
 
 class Recorder(BaseStreamer):

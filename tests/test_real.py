@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import taps_hf
 from taps_hf.embedded import EMBEDDED_DRAFTERS, load_embedded_target, load_embedded_tokenizer
@@ -21,8 +22,8 @@ TREE = taps_hf.DynamicTree(depth=5, top_k=8, num_nodes=24)
 
 
 @pytest.fixture(scope="module")
-def target():
-    return load_embedded_target(torch.float32)
+def target(load_real):
+    return load_real()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def drafters():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_embedded_tokenizer()
+def tokenizer(real_folder):
+    return AutoTokenizer.from_pretrained(real_folder)
 
 
 def encode(tokenizer, question: str):
@@ -48,9 +49,18 @@ def encode(tokenizer, question: str):
 
 
 def test_the_target_is_the_real_one(target, tokenizer):
-    """An ordinary float32 model that can be cast, and answers sensibly."""
-    assert getattr(target.config, "quantization_config", None) is None
-    assert sum(p.numel() for p in target.parameters()) == 134_515_008
+    """Out of its package: an ordinary float32 model, as the other tests read it from a folder."""
+    embedded = load_embedded_target(torch.float32)
+    assert getattr(embedded.config, "quantization_config", None) is None
+    assert sum(p.numel() for p in embedded.parameters()) == 134_515_008
+    weights, expected = target.state_dict(), embedded.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    fingerprints = map(taps_hf.tokenizer_fingerprint, (tokenizer, load_embedded_tokenizer()))
+    assert len(set(fingerprints)) == 1
+
+
+def test_it_answers_sensibly(target, tokenizer):
     inputs = encode(tokenizer, "What is the capital of France?")
     out = target.generate(**inputs, max_new_tokens=20, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0])

@@ -19,24 +19,9 @@ from transformers import (
 import taps_hf
 from taps_hf.cache import CACHE
 from tests import tiny
-from tests.test_generation import tokenizer  # noqa: F401 (a fixture)
-from tests.tiny import VOCAB, prompt, tiny_drafters, tiny_target
+from tests.tiny import VOCAB, prompt, refused, tiny_drafters, tiny_target
 
 CHAIN = taps_hf.ChainTree(2)
-
-
-def refused(match: str, target=None, inputs=None, **kwargs):
-    target = target or tiny_target()
-    kwargs.setdefault("assistant_models", tiny_drafters(2))
-    passes = []
-    # Both prefill and passes over trees go through the decoder.
-    handle = target.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    try:
-        with pytest.raises(ValueError, match=match):
-            target.generate(prompt() if inputs is None else inputs, max_new_tokens=5, **kwargs)
-    finally:
-        handle.remove()
-    assert not passes, "the target ran before the error"
 
 
 def test_assistant_models():
@@ -236,7 +221,7 @@ def test_a_drafter_for_another_target():
     refused("`vocab_size` 99.*some/target", assistant_models=[other])
 
 
-def test_another_tokenizer(tokenizer):  # noqa: F811
+def test_another_tokenizer(tokenizer):
     drafter = copy.deepcopy(tiny_drafters(1)[0])
     drafter.config.tokenizer_fingerprint = "0123456789abcdef"
     refused("fingerprint 0123456789abcdef", assistant_models=[drafter], tokenizer=tokenizer)

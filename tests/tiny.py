@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from taps_hf import EagleDrafter
@@ -41,6 +42,16 @@ FAMILIES: dict[str, dict] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
+
+
+# An older torch must be refused, not passed over; and by version: should a newer one no longer have
+# Muon, these tests are to fail.
+needs_muon = pytest.mark.xfail(
+    Version(torch.__version__) < Version("2.9"),
+    raises=ValueError,
+    strict=True,
+    reason="torch has Muon since 2.9",
+)
 
 
 def needs_family(family: str) -> None:
@@ -90,3 +101,18 @@ def prompt(length: int = 9, seed: int = 0) -> torch.Tensor:
     """(1, length) int64 random tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCAB, (1, length), generator=generator)
+
+
+def refused(match: str, target=None, inputs=None, **kwargs) -> None:
+    """Expect a ValueError of `generate`, with drafters, before the target has run."""
+    target = target or tiny_target()
+    kwargs.setdefault("assistant_models", tiny_drafters(2))
+    passes = []
+    # Both prefill and passes over trees go through the decoder.
+    handle = target.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with pytest.raises(ValueError, match=match):
+            target.generate(prompt() if inputs is None else inputs, max_new_tokens=5, **kwargs)
+    finally:
+        handle.remove()
+    assert not passes, "the target ran before the error"

@@ -354,8 +354,9 @@ def test_nothing_of_a_model_runs(open_page, tmp_path):
 
 
 @pytest.mark.real
-def test_the_real_models(open_page, request):
+def test_the_real_models(open_page, request, load_real, monkeypatch):
     """With the drafters of hub_cards/: both take part, and every variant writes the same text."""
+    monkeypatch.setattr("taps_hf.loading.load_embedded_target", load_real)
     folder = request.config.getoption("--screenshots")
     cards = Path(__file__).resolve().parents[2] / "hub_cards"
     drafters = [f"{name}={cards / path}" for name, path in EMBEDDED_DRAFTERS.items()]

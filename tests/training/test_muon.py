@@ -4,20 +4,12 @@ import copy
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import nn
 
 from taps_hf.training.muon import MuonWithAdamW
 from taps_hf.training.options import TrainOptions
 
-# An older torch must be refused, not passed over; and by version: should a newer one no longer have
-# Muon, these tests are to fail.
-needs_muon = pytest.mark.xfail(
-    Version(torch.__version__) < Version("2.9"),
-    raises=ValueError,
-    strict=True,
-    reason="torch has Muon since 2.9",
-)
+from ..tiny import needs_muon
 
 
 @pytest.fixture

@@ -24,9 +24,8 @@ from taps_hf.training.rows import is_held_out
 from taps_hf.training.train import train
 
 from ..saved import tree_of
-from ..tiny import tiny_target
+from ..tiny import needs_muon, tiny_target
 from .chat import CHATML, chat_tokenizer
-from .test_muon import needs_muon
 
 _TINY = {
     "vocab_size": 16,
