@@ -83,13 +83,13 @@ class Custom(taps_hf.Merged):
         self._ask("go_on")
         return True
 
-    def drafters_to_run(self, num_drafters, history):
-        self._ask("drafters_to_run")
-        return super().drafters_to_run(num_drafters, history)
+    def ask(self, everyone):
+        self._ask("ask")
+        return super().ask(everyone)
 
-    def compose(self, trees, history):
+    def compose(self, trees):
         self._ask("compose")
-        return super().compose(trees, history)
+        return super().compose(trees)
 
     def observe(self, outcome):
         self._ask("observe")
@@ -148,7 +148,7 @@ CALL_OUTS: dict[str, Arm] = {
     "streamer": lambda t, d, fuse: {"streamer": Streamer(fuse)},
     "begin": lambda t, d, fuse: {"strategy": Custom("begin", fuse)},
     "go_on": lambda t, d, fuse: {"strategy": Custom("go_on", fuse)},
-    "drafters_to_run": lambda t, d, fuse: {"strategy": Custom("drafters_to_run", fuse)},
+    "ask": lambda t, d, fuse: {"strategy": Custom("ask", fuse)},
     "compose": lambda t, d, fuse: {"strategy": Custom("compose", fuse)},
     "observe": lambda t, d, fuse: {"strategy": Custom("observe", fuse)},
     "on_cycle": lambda t, d, fuse: {"on_cycle": fuse},
