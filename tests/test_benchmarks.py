@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 
+import conversations
 import decode
 import parts
 import pytest
@@ -353,3 +354,19 @@ def test_files_of_anything_else_are_refused_before_a_model_is_loaded(tmp_path, m
 def test_commands_hide_folders_outside():
     shown = settings.command(["--prompts", "../data/a.jsonl:3", "--drafters", "m=/x/y", "n=here/z"])
     assert shown == ("python benchmarks/decode.py --prompts a.jsonl:3 --drafters m=y n=here/z")
+
+
+def test_second_turns_are_plain_generates(models, questions, capsys):
+    arguments = [*models, "--max-new-tokens", "8", "--strategies", "merged", "single"]
+    with pytest.raises(SystemExit):
+        conversations.main([*arguments, "--prompts", str(questions)])
+    assert "has one turn, expected two or more" in capsys.readouterr().err
+    two = questions.read_text().splitlines(keepends=True)[:2]
+    questions.write_text("".join(two))
+    assert conversations.main([*arguments, "--prompts", str(questions)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith(("| merged", "| single"))]
+    ways = [conversations.GOES_ON, conversations.ANEW, conversations.AT_ONCE]
+    assert [row[1] for row in rows] == 2 * ways
+    assert all(float(row[2]) >= 1 for row in rows)
+    assert all(row[-1] == "0 |" for row in rows)

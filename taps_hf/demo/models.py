@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import named_paths
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.base import Drafter
 from ..embedded import EMBEDDED_TARGET
 from ..generation import SpeculativeDecoding
 from ..loading import EMBEDDED, load_drafter, load_target
@@ -58,7 +58,7 @@ class Models:
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    drafters: dict[str, EagleDrafter]
+    drafters: dict[str, Drafter]
 
     @property
     def max_positions(self) -> int | None:
@@ -122,7 +122,7 @@ def _load(spec: ModelSpec) -> Models:
             raise ValueError(
                 f"Drafter {name!r} could not be loaded from {path!r}: {_first_line(error)}"
             ) from error
-        drafters[name] = drafter.requires_grad_(False)
+        drafters[name] = drafter
     SpeculativeDecoding(drafters, tokenizer=tokenizer).check(target)
     return Models(target, tokenizer, drafters)
 

@@ -41,27 +41,29 @@ def run_live(
     """
     prompt = record.tokens[: record.answer_start].tolist()
     seed = seed_of(options.seed, record.benchmark, record.question_id, record.turn)
-    order: list[Variant | None] = [None, *variants]
+    plain = len(variants)
+    order = [plain, *range(plain)]
     shift = rotation % len(order)
     outputs, seconds = {}, {}
-    for variant in order[shift:] + order[:shift]:
+    for number in order[shift:] + order[:shift]:
         speculate = {}
-        if variant is not None:
+        if number != plain:
+            variant = variants[number]
             speculate = {
                 "assistant_models": {name: drafters[name] for name in variant.drafters},
                 "strategy": variant.strategy,
                 "tree": variant.tree,
             }
         began = _now(target.device)
-        outputs[variant] = generate_seeded(
+        outputs[number] = generate_seeded(
             target, prompt, options, seed, return_dict_in_generate=True, **speculate
         )
-        seconds[variant] = _now(target.device) - began
+        seconds[number] = _now(target.device) - began
     recorded = record.tokens[record.answer_start :].tolist()
     rows = []
-    for variant in variants:
-        answer = outputs[variant].sequences[0, record.answer_start :].tolist()
-        cycles = outputs[variant].draft_trace.cycles
+    for number, variant in enumerate(variants):
+        answer = outputs[number].sequences[0, record.answer_start :].tolist()
+        cycles = outputs[number].draft_trace.cycles
         nothing = [None] * len(cycles)
         rows.append(
             Cycles(
@@ -80,8 +82,8 @@ def run_live(
                 accepted_target_entropy=[[] for _ in cycles],
                 rejected_target_entropy=nothing,
                 overlap=nothing,
-                seconds=seconds[variant],
-                plain_seconds=seconds[None],
+                seconds=seconds[number],
+                plain_seconds=seconds[plain],
                 differs_at=first_difference(recorded, answer),
             )
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from taps_hf import list_strategies
-from taps_hf.demo.models import ModelSpec, default_target
+from taps_hf.demo import models as demo_models
+from taps_hf.demo.models import ModelSpec, default_target, load_models
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
 pytest.importorskip("gradio")
@@ -20,6 +22,7 @@ pytest.importorskip("playwright")
 from taps_hf.demo.page import PageOptions, serve
 from taps_hf.demo.settings import Limits
 
+from ..phrases import Phrases
 from ..saved import save_tiny_models
 from .visitor import Visitor
 from .written import hostile_tokenizer, plain_answer
@@ -348,6 +351,37 @@ def test_nothing_of_a_model_runs(open_page, tmp_path):
         visitor.page.get_by_label("Target").fill("<img src=x onerror=alert(9)>")
         visitor.button("load").click()
         visitor.is_told("could not be loaded from '<img src=x onerror=alert(9)>'")
+        assert visitor.errors == []
+    finally:
+        page.close()
+
+
+def test_a_drafter_of_another_kind(open_page, tiny_spec, monkeypatch):
+    """The page knows drafters by their names, and what they proposed by the trees."""
+    right = load_models(tiny_spec)
+    ids = right.encode("t5 t6")["input_ids"]
+    answer = right.target.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
+    load = demo_models.load_drafter
+
+    def load_either(path, *args, **kwargs):
+        return Phrases(answer) if path == "by heart" else load(path, *args, **kwargs)
+
+    monkeypatch.setattr(demo_models, "load_drafter", load_either)
+    spec = replace(tiny_spec, drafters=(*tiny_spec.drafters, ("heart", "by heart")))
+    page = serve(PageOptions(spec), wait=False)
+    try:
+        visitor = open_page(page.local_url)
+        expected = plain_answer(tiny_spec, "t5 t6", 20)
+        for strategy in list_strategies():
+            visitor.ask("t5 t6", strategy, Length=20)
+            assert visitor.generate() == expected
+        visitor.ask(strategy="merged")
+        look_at_every_view(visitor, None, "heart")
+        verdicts = visitor.page.locator("#comparison .verdict").all_inner_texts()
+        assert all("equal to plain generate, all" in verdict for verdict in verdicts[1:])
+        visitor.tab("Generate")
+        assert visitor.page.locator("#answer .tok.d2, #answer .tok.several").count() > 10
+        assert "heart" in visitor.page.inner_text("#legend")
         assert visitor.errors == []
     finally:
         page.close()

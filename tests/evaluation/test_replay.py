@@ -3,7 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taps_hf import ChainTree, DynamicTree, FixedTree, Merged, Single, Strategy
+from taps_hf import (
+    Auto,
+    ChainTree,
+    Confidence,
+    Costs,
+    DraftCost,
+    DynamicTree,
+    FixedTree,
+    Merged,
+    Single,
+    Strategy,
+)
 from taps_hf.evaluation.benchmarks import Question
 from taps_hf.evaluation.forest import Forest, Spot
 from taps_hf.evaluation.live import run_live
@@ -11,7 +22,8 @@ from taps_hf.evaluation.records import RecordOptions, RecordStore, record
 from taps_hf.evaluation.replay import OneByOne, replay
 from taps_hf.evaluation.variants import Variant, standard_variants
 
-from ..tiny import FAMILIES, tiny_drafters, tiny_target
+from ..phrases import Phrases
+from ..tiny import FAMILIES, VOCAB, tiny_drafters, tiny_target
 from ..training.chat import CHATML, chat_tokenizer
 
 QUESTIONS = [
@@ -40,6 +52,12 @@ class Alternating(Strategy):
         self.index += bool(outcome.drafters) and not outcome.accepted
 
 
+class Unhashable(DynamicTree):
+    """A shape of somebody else's: equal to others like it, without a hash."""
+
+    __hash__ = None
+
+
 def make(folder, temperature: float, family: str = "llama"):
     target = tiny_target(family)
     options = RecordOptions(temperature=temperature, max_new_tokens=14, seed=3)
@@ -62,6 +80,7 @@ def test_a_replay_gives_every_cycle_of_the_live_run(tmp_path, family, temperatur
         Variant("three", NAMES, Merged(num_nodes=12), tree),
         Variant("chain", ("code",), Single(0), ChainTree(3)),
         Variant("fixed", ("chat", "math"), Merged(), FixedTree.from_branching([2, 2])),
+        Variant("unhashable", NAMES[:2], Merged(), Unhashable(3, 2, 5)),
     ]
     assert len(records) == 4
     lengths = set()
@@ -76,6 +95,58 @@ def test_a_replay_gives_every_cycle_of_the_live_run(tmp_path, family, temperatur
             lengths.update(found.accepted)
     assert {0, 1} <= lengths
     assert family != "llama" or 2 in lengths
+
+
+CHEAP, DEAR = DraftCost(0.01, 0.01), DraftCost(0.3, 0.2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_kinds_and_strategies_that_learn_are_replayed(tmp_path, temperature):
+    """A drafter without any model, and `auto`, whose decisions follow from what it has seen."""
+    target, options, records = make(tmp_path, temperature)
+    text = records[0].tokens.tolist()
+    phrases = [text[records[0].answer_start - 2 :], list(range(VOCAB))]
+    drafters = dict(zip(NAMES, (*tiny_drafters(2), Phrases(*phrases, confidence=0.4))))
+    tree = DynamicTree(depth=4, top_k=3, num_nodes=10)
+    groups, points = ((0, 1), (2,)), ((1, 1.0), (12, 1.3))
+    variants = [Variant("phrases", ("code",), Single(0), tree)]
+    for name, each in (("cheap", CHEAP), ("dear", DEAR)):
+        auto = Auto(explore=2, costs=Costs(points, groups, (each,) * 2, (each,) * 2))
+        variants.append(Variant(f"auto, {name}", NAMES, auto, tree))
+    for strategy in (Merged(), Confidence(), Confidence("prompt"), Merged(num_nodes=5)):
+        variants.append(Variant(repr(strategy), NAMES, strategy, tree))
+    ended = {rows[0].record: rows for rows in replay(records, target, drafters, variants, WEIGHTS)}
+    asked = set()
+    for kept in records:
+        live = run_live(kept, target, drafters, variants, WEIGHTS, options)
+        for found, expected in zip(ended[kept.key], live):
+            for name in COMPARED:
+                assert getattr(found, name) == getattr(expected, name), (name, found, expected)
+            if found.variant.startswith("auto"):
+                asked |= {(found.variant, tuple(chosen)) for chosen in found.chosen}
+    assert len(asked) > 2  # it does decide
+    heart = ended[records[0].key][0]
+    assert max(heart.accepted) >= 2
+    # It has no distributions, and so no entropies.
+    assert {value for values in heart.accepted_entropy for value in values} == {None}
+
+
+def test_costs_are_assumed_in_a_replay(tmp_path):
+    target, _, records = make(tmp_path, 0.0)
+    drafters = dict(zip(NAMES, tiny_drafters(2)))
+    variants = [Variant("auto", NAMES[:2], Auto(), DynamicTree())]
+    with pytest.raises(ValueError, match="give the strategy its costs"):
+        next(replay(records, target, drafters, variants, WEIGHTS))
+
+
+def test_drafters_that_read_more_than_records_hold(tmp_path):
+    class Deep(Phrases):
+        reads_layers = (0, 1)
+
+    target, _, records = make(tmp_path, 0.0)
+    variants = [Variant("deep", ("math",), Single(0), DynamicTree())]
+    with pytest.raises(ValueError, match=r"'math' reads the target's layers \(0, 1\)"):
+        next(replay(records, target, {"math": Deep([1])}, variants, WEIGHTS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

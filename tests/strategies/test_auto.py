@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import taps_hf
 from taps_hf import (
     Auto,
     ChainTree,
@@ -219,3 +220,30 @@ def test_whatever_is_assumed_to_cost_what_the_output_is_the_same(draft, do_sampl
             found = target.generate(prompt(9), max_new_tokens=60, do_sample=do_sample, **settings)
             expected = found if expected is None else expected
             assert torch.equal(found, expected)
+
+
+def test_a_shape_that_cannot_be_hashed_is_grown_and_costed():
+    class Own(taps_hf.TreeShape):
+        """Three children of the root, whatever they are."""
+
+        follows_tokens = True
+        num_nodes = 3
+        __hash__ = None
+
+        def grow(self, drafting, hidden, max_depth, go_on=None):
+            return DynamicTree(1, 3, 3).grow(drafting, hidden, max_depth, go_on)
+
+    target = tiny_target()
+    plain = target.generate(prompt(9), max_new_tokens=20, do_sample=False)
+    for shape in (Own(), Own()):
+        found = target.generate(
+            prompt(9),
+            max_new_tokens=20,
+            do_sample=False,
+            assistant_models=tiny_drafters(2),
+            strategy="auto",
+            tree=shape,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(found.sequences, plain)
+        assert max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 6
