@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import taps_hf
 from taps_hf import EagleDrafter
-from taps_hf.cache import CACHE
+from taps_hf.cache import CACHE, crop_to_shared
 from taps_hf.checks import set_threads
 
 STRATEGIES = ("auto", "merged", "single")
@@ -99,11 +99,7 @@ def second_turns(
     ]
     ids = _encode(model, tokenizer, said)
     cache: DynamicCache = first.output[CACHE]
-    # What the template makes of the answer need not be its tokens: what differs is dropped.
-    both = zip(first.sequences[0].tolist(), ids[0].tolist())
-    shared = next((i for i, (a, b) in enumerate(both) if a != b), first.sequences.shape[1])
-    if surplus := cache.get_seq_length() - min(shared, ids.shape[1] - 1, cache.get_seq_length()):
-        cache.crop(-surplus)
+    crop_to_shared(cache, first.sequences, ids)
     ways: dict[str, dict[str, Any]] = {
         PLAIN: {CACHE: copy.deepcopy(cache)},
         GOES_ON: {CACHE: cache, **speculate},

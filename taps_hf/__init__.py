@@ -9,6 +9,7 @@ Importing this package teaches `generate` the argument `assistant_models` (undo:
     target.generate(**inputs, assistant_models=[math, chat])
 """
 
+from .cache import crop_to_shared
 from .candidate_generator import TreeCandidateGenerator
 from .drafters.averaging import average_drafters
 from .drafters.base import Drafter, DrafterSession, DraftRequest
@@ -68,6 +69,7 @@ __all__ = [
     "__version__",
     "average_drafters",
     "concatenate",
+    "crop_to_shared",
     "disable",
     "enable",
     "get_strategy",

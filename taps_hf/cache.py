@@ -197,6 +197,25 @@ def check_cache(cache: Cache | None) -> None:
         )
 
 
+def crop_to_shared(cache: DynamicCache, covered: torch.Tensor, text: torch.Tensor) -> None:
+    """Drop what a cache holds beyond what a new text begins with: it can then go on from there.
+
+    A chat template seldom turns an answer back into the very tokens that were emitted. At least the
+    text's last token is left to be run.
+
+    Args:
+        cache: as it was returned, of sequences `covered`.
+        covered: (1, n) int64: whose states it holds, as far as it goes.
+        text: (1, m) int64: what the next turn begins with.
+    """
+    length = min(covered.shape[1], text.shape[1])
+    differs = (covered[0, :length] != text[0, :length].to(covered.device)).nonzero()
+    shared = int(differs[0]) if len(differs) else length
+    surplus = cache.get_seq_length() - min(shared, text.shape[1] - 1)
+    if surplus > 0:
+        cache.crop(-surplus)
+
+
 class InPlaceCache:
     """Borrows a `DynamicCache` for one generation.
 

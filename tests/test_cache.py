@@ -252,3 +252,22 @@ def test_rows_that_leave_a_batch_change_nothing_for_the_others(family):
     found, expected = (target(ids[kept, 15:], **{CACHE: c.cache}).logits for c in caches)
     torch.testing.assert_close(found, expected)
     assert caches[0].length == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8], 5),  # all of it
+        ([1, 2, 3, 9, 5, 6], 3),
+        ([1, 2, 3], 2),  # its last token is left to be run
+        ([9, 2, 3], 0),
+        ([1, 2, 3, 4, 5, 6], 5),
+    ],
+)
+def test_a_cache_is_cropped_to_what_the_texts_share(text, kept):
+    covered = torch.tensor([[1, 2, 3, 4, 5, 6]])  # of the last token emitted there are no states
+    cache = DynamicCache(config=tiny_target().config)
+    with torch.no_grad():
+        tiny_target()(covered[:, :5], **{module.CACHE: cache})
+    module.crop_to_shared(cache, covered, torch.tensor([text]))
+    assert cache.get_seq_length() == kept

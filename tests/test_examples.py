@@ -5,6 +5,7 @@ import re
 
 import _common
 import averaging
+import conversation
 import custom_strategy
 import pipeline
 import pytest
@@ -126,6 +127,15 @@ def test_pipeline_answers_as_without_drafters(arguments, capsys):
     shown = capsys.readouterr()
     assert shown.out.count("> ") == 2
     assert "Without drafters" not in shown.err
+
+
+def test_a_conversation_goes_on(arguments, capsys):
+    assert conversation.main(arguments) == 0
+    shown = capsys.readouterr().out
+    known = re.findall(r"\((\d+) of (\d+) tokens were known; tau \d", shown)
+    assert len(known) == len(conversation.TURNS)
+    assert int(known[0][0]) == 0
+    assert all(int(kept) > 0 for kept, _ in known[1:])
 
 
 def test_custom_strategy_gives_the_plain_answer(arguments, capsys):
