@@ -17,7 +17,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .trees.tree import DraftTree
-from .verification import Path
+from .verification import Walked
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Recorder:
         if self.trace is not None:
             (self.trace.seconds_prefill,) = self._clock.seconds()
 
-    def cycle(self, tree: DraftTree, drafters: tuple[int, ...], path: Path) -> CycleTrace:
+    def cycle(self, tree: DraftTree, drafters: tuple[int, ...], path: Walked) -> CycleTrace:
         """A cycle is over: of three phases the third one ends here.
 
         Args:
@@ -293,7 +293,7 @@ class Recorder:
 def trace_cycle(
     tree: DraftTree,
     drafters: tuple[int, ...],
-    path: Path,
+    path: Walked,
     seconds: Sequence[float | None] = (None,) * 3,
     keep_tree: bool = False,
 ) -> CycleTrace:

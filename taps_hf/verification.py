@@ -109,7 +109,7 @@ VERIFIERS: dict[str, type[Verifier]] = {"walk": WalkVerifier, "rejection": Rejec
 
 
 @dataclass(frozen=True)
-class Path:
+class Walked:
     """The way of one walk.
 
     Args:
@@ -155,7 +155,7 @@ class Walk:
         self._processor, self._criteria = logits_processor, stopping_criteria
         self._verifier, self._do_sample, self._on_token = verifier, do_sample, on_token
 
-    def along(self, tree: DraftTree, logits: torch.Tensor) -> Path:
+    def along(self, tree: DraftTree, logits: torch.Tensor) -> Walked:
         """Emit tokens for as long as the tree holds the token emitted, and one more.
 
         Args:
@@ -174,7 +174,7 @@ class Walk:
             self.is_finished = bool(self._criteria(self.input_ids, self.scores).all())
             if self._on_token is not None:
                 self._on_token(token)
-        return Path(nodes, accepted, self.input_ids[0, start:])
+        return Walked(nodes, accepted, self.input_ids[0, start:])
 
     def _score(self, logits: torch.Tensor) -> torch.Tensor:
         """(1, vocabulary) float32, processed, from (vocabulary,)."""

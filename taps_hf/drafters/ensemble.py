@@ -117,17 +117,19 @@ class Ensemble:
             tokens: (n,) int64: the rest of the text.
             states: of all of the rest but its last token: n - 1 positions.
         """
-        if not self._tokens:
-            self.observe(torch.cat([earlier.to(tokens.device), tokens]), states)
-        # What was emitted last in the earlier turn is not in the cache: it may now be another.
-        elif torch.equal(self._tokens[-1][-1:].cpu(), tokens[:1].cpu()):
-            self.observe(tokens[1:], states)
-        elif all(session.forget(1) for session in self.sessions):
-            self._tokens[-1] = self._tokens[-1][:-1]
-            self.observe(tokens, states)
-        else:
+        if self._tokens:
+            known = torch.cat(self._tokens)
+            if not len(earlier) or torch.equal(known[:-1].cpu(), earlier.cpu()):
+                # What was emitted last is not in the cache: now it may be another token.
+                if torch.equal(known[-1:].cpu(), tokens[:1].cpu()):
+                    self.observe(tokens[1:], states)
+                    return
+                if all(session.forget(1) for session in self.sessions):
+                    self._tokens = [known[:-1]]
+                    self.observe(tokens, states)
+                    return
             self._sessions, self._tokens = None, []
-            self.read_prompt(earlier, tokens, states)
+        self.observe(torch.cat([earlier.to(tokens.device), tokens]), states)
 
 
 _laid_by: WeakKeyDictionary[Cache, tuple[Ensemble, int]] = WeakKeyDictionary()

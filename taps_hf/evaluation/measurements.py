@@ -12,7 +12,7 @@ import torch
 
 from ..files import cut_off, starts_like
 from ..trees.tree import DraftTree
-from ..verification import Path as TreePath
+from ..verification import Walked
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class CycleRecorder:
             )
         }
 
-    def add(self, tree: DraftTree, chosen: Sequence[int], path: TreePath) -> None:
+    def add(self, tree: DraftTree, chosen: Sequence[int], path: Walked) -> None:
         """Note a cycle.
 
         Args:

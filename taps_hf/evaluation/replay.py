@@ -26,7 +26,7 @@ from ..target import LAST
 from ..trace import trace_cycle
 from ..trees.shapes import TreeShape
 from ..trees.tree import DraftTree
-from ..verification import Path
+from ..verification import Walked
 from .forest import Forest, Spot
 from .measurements import CycleRecorder, Cycles
 from .records import Record
@@ -277,14 +277,14 @@ def _cycles(run: _Run, weights: Mapping[str, str]) -> Cycles:
     )
 
 
-def _walk(tree: DraftTree, tokens: torch.Tensor) -> Path:
+def _walk(tree: DraftTree, tokens: torch.Tensor) -> Walked:
     """The way of the recorded tokens (n,) through a tree: at most one more than it holds."""
     children = tree.children()
     nodes, accepted = [0], []
     for token in tokens.tolist():
         node = children.get((nodes[-1], token))
         if node is None:
-            return Path(nodes, accepted, tokens[: len(nodes)])
+            return Walked(nodes, accepted, tokens[: len(nodes)])
         accepted.append(node)
         nodes.append(node)
-    return Path(nodes[:-1], accepted, tokens)  # the answer ended inside of the tree
+    return Walked(nodes[:-1], accepted, tokens)  # the answer ended inside of the tree

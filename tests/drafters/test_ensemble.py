@@ -103,7 +103,9 @@ def test_the_last_token_of_a_turn_may_change():
     assert torch.equal(out.sequences, generate(longer, drafters).sequences)
 
 
-@pytest.mark.parametrize("what", ["other drafters", "other weights", "one more", "longer cache"])
+@pytest.mark.parametrize(
+    "what", ["other drafters", "other weights", "one more", "longer cache", "other text"]
+)
 def test_others_begin_anew(what):
     drafters = [copy.deepcopy(drafter) for drafter in tiny_drafters(2)]
     first = generate(prompt(9), drafters)
@@ -117,9 +119,17 @@ def test_others_begin_anew(what):
         drafters[0].fc.weight.data.mul_(2.0)
     elif what == "one more":
         drafters = [*drafters, tiny_drafters(3)[2]]
-    else:  # somebody else has run the target on it meanwhile
+    elif what == "longer cache":  # somebody else has run the target on it meanwhile
         with torch.no_grad():
             tiny_target()(ids[:, -1:], **{CACHE: cache})
+    else:  # and has gone back before
+        cache.crop(-3)
+        ids[0, -4:] = (ids[0, -4:] + 1) % 16
+        with torch.no_grad():
+            tiny_target()(ids[:, -4:-1], **{CACHE: cache})
+        expected = tiny_target().generate(
+            torch.cat([ids, prompt(6, seed=5)], dim=1), max_new_tokens=14, do_sample=False
+        )
     out = generate(torch.cat([ids, prompt(6, seed=5)], dim=1), drafters, **{CACHE: cache})
     assert torch.equal(out.sequences, expected)
 
