@@ -30,6 +30,7 @@ from ..training.chat import CHATML, chat_tokenizer
 
 _HALF_WRITTEN = re.compile(r"\..*\.[0-9a-f]{32}")
 _KILLS = 6  # at most; then the run may end
+_KEPT: list[tempfile.TemporaryDirectory] = []  # for as long as this process lives
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, "taps_hf.training.train", "taps_hf.evaluation.evaluate"])
 
@@ -214,7 +215,7 @@ def _work(
 
 @functools.cache
 def _inputs() -> Path:
-    """Models and data, for as long as this process lives."""
+    """Models and data."""
     holder = tempfile.TemporaryDirectory()
     _KEPT.append(holder)
     folder = Path(holder.name)
@@ -231,6 +232,3 @@ def _inputs() -> Path:
     for name, lines in (("rows", rows), ("sums", asked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-_KEPT: list[tempfile.TemporaryDirectory] = []
