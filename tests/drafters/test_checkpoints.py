@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from taps_hf import EagleDrafter
 
 from ..tiny import VOCAB, tiny_drafters
-
-REFUSALS = (ValueError, OSError, SafetensorError)
 
 
 @pytest.fixture

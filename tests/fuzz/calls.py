@@ -324,15 +324,16 @@ def _processing(choose: random.Random) -> Arguments:
     chance = choose.choice([0.0, 0.04, 0.04, 0.15])
     may_end = choose.random() < 0.4
     found: Arguments = {"eos_token_id": _some(choose, choose.randint(1, 3))} if may_end else {}
+    bos, eos, *suppressed = _some(choose, 6)  # generate refuses to force what is suppressed
     options: list[Arguments] = [
         {"repetition_penalty": choose.uniform(0.7, 1.6)},
         {"encoder_repetition_penalty": choose.uniform(0.8, 1.4)},
         {"no_repeat_ngram_size": choose.randint(2, 4)},
         {"encoder_no_repeat_ngram_size": choose.randint(2, 4)},
         {"bad_words_ids": [_some(choose, 1), _some(choose, 2), _some(choose, 3)]},
-        {"suppress_tokens": _some(choose, 2), "begin_suppress_tokens": _some(choose, 2)},
-        {"forced_bos_token_id": choose.randrange(VOCAB)},
-        {"forced_eos_token_id": choose.randrange(VOCAB)},
+        {"suppress_tokens": suppressed[:2], "begin_suppress_tokens": suppressed[2:]},
+        {"forced_bos_token_id": bos},
+        {"forced_eos_token_id": eos},
         {"sequence_bias": {(choose.randrange(VOCAB),): 1.5, tuple(_some(choose, 2)): -3.0}},
         {"guidance_scale": choose.uniform(1.1, 2.0)},
         {"renormalize_logits": True},

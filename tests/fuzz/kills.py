@@ -1,15 +1,16 @@
 """Commands that are killed again and again: in the end, the files of an undisturbed run.
 
 A run is a process of its own, forked from a server that has imported everything: it spends its time
-at work, and so the kills fall there. One kill in two comes at a random moment, the others right
-before a random one of the run's steps in its folder (a file opened, renamed, removed, ...), where
-they hurt most.
+at work, and so the kills fall there. One kill in two comes at a random moment, the others at, or up
+to some milliseconds after, a random one of the run's steps in its folder (a file opened, renamed,
+removed, ...), where they hurt most.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from ..training.chat import CHATML, chat_tokenizer
 
 _HALF_WRITTEN = re.compile(r"\..*\.[0-9a-f]{32}")
 _KILLS = 6  # at most; then the run may end
+_KEPT: list[tempfile.TemporaryDirectory] = []  # for as long as this process lives
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, "taps_hf.training.train", "taps_hf.evaluation.evaluate"])
 
@@ -79,6 +81,8 @@ COMMANDS = {
     "regenerate": Command(_regenerate, ["answers.jsonl*", "features/**/*"]),
     "evaluate": Command(_evaluate, ["results/records/*", "results/*.json*", "results/tables/*"]),
 }
+if importlib.util.find_spec("matplotlib") is None:  # of the extra "eval", which `evaluate` needs
+    del COMMANDS["evaluate"]
 
 
 def case(seed: int) -> None:
@@ -103,8 +107,9 @@ def _kill(name: str, choose: random.Random) -> None:
         for _ in range(choose.randint(1, _KILLS)):
             if choose.random() < 0.5:
                 step = choose.randint(1, undisturbed.steps)
-                print(f"{name}, killed before its step {step}")
-                ended = _run(arguments, out, step=step)
+                delay = choose.choice([0.0, 10 ** choose.uniform(-5, -2.5)])
+                print(f"{name}, killed {delay:.6f} s after the beginning of its step {step}")
+                ended = _run(arguments, out, step=step, delay=delay)
             else:
                 share = choose.random()
                 print(f"{name}, killed after {share:.0%} of the time")
@@ -152,10 +157,11 @@ def _run(
     arguments: list[str],
     out: Path,
     step: int | None = None,
+    delay: float = 0.0,
     seconds: float | None = None,
     count_to: Path | None = None,
 ) -> bool:
-    """Run a command, and kill it at a step or after so many seconds.
+    """Run a command, and kill it so long after the beginning of a step, or of the run.
 
     Returns:
         whether it came to its end.
@@ -164,20 +170,25 @@ def _run(
         AssertionError: if it failed, with what it said.
     """
     said = out.with_name("said")
-    process = _CONTEXT.Process(target=_work, args=(arguments, out, said, step, count_to))
+    process = _CONTEXT.Process(target=_work, args=(arguments, out, said, step, delay, count_to))
     process.start()
     process.join(seconds)
     if process.is_alive():
         process.kill()
     process.join()
-    if process.exitcode == -signal.SIGKILL:
+    if process.exitcode in (-signal.SIGKILL, -signal.SIGALRM):
         return False
     assert process.exitcode == 0, said.read_text()[-3000:]
     return True
 
 
 def _work(
-    arguments: list[str], out: Path, said: Path, step: int | None, count_to: Path | None
+    arguments: list[str],
+    out: Path,
+    said: Path,
+    step: int | None,
+    delay: float,
+    count_to: Path | None,
 ) -> None:
     """In the process: run the command."""
     from taps_hf.cli import main
@@ -192,7 +203,9 @@ def _work(
         paths = [str(detail) for detail in details if isinstance(detail, (str, os.PathLike))]
         if any(path.startswith(str(out)) for path in paths):
             steps += 1
-            if steps == step:
+            if steps == step and delay:  # nobody handles it: the process ends at once
+                signal.setitimer(signal.ITIMER_REAL, delay)
+            elif steps == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -205,7 +218,7 @@ def _work(
 
 @functools.cache
 def _inputs() -> Path:
-    """Models and data, for as long as this process lives."""
+    """Models and data."""
     holder = tempfile.TemporaryDirectory()
     _KEPT.append(holder)
     folder = Path(holder.name)
@@ -222,6 +235,3 @@ def _inputs() -> Path:
     for name, lines in (("rows", rows), ("sums", asked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-_KEPT: list[tempfile.TemporaryDirectory] = []

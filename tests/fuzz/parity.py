@@ -66,11 +66,15 @@ def _turn(
     found: list[Any] = []
     for drafted in (False, True):
         arguments = call.arguments(drafted)
-        cache = caches[drafted] or DynamicCache(config=target.config)
+        cache = caches[drafted]
+        if cache is None and not call.common["return_dict_in_generate"]:
+            cache = DynamicCache(config=target.config)  # or else it would not be seen
+        if cache is not None:
+            arguments[CACHE] = cache
         if call.seed is not None:
             torch.manual_seed(call.seed)
         try:
-            output = target.generate(inputs, attention_mask=mask, **{CACHE: cache}, **arguments)
+            output = target.generate(inputs, attention_mask=mask, **arguments)
         except Exception as error:
             # Some arguments are too much for plain generate: say, those that forbid every token.
             if found and found[0] is not None:
@@ -78,7 +82,7 @@ def _turn(
             print(f"  {type(error).__name__}: {error}")
             found.append(None)
             continue
-        caches[drafted] = cache
+        caches[drafted] = output.past_key_values if cache is None else cache
         sequence = output if isinstance(output, torch.Tensor) else output.sequences
         if not drafted:
             call.foretell(sequence[0, inputs.shape[1] :].tolist())

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from .kinds import KINDS
 
 _EVERY = 30.0  # seconds between two lines of progress
+_ENOUGH = 20  # failures
 _STUCK = 900.0  # seconds after which a case is taken to hang: its process says where, and ends
 
 
@@ -71,10 +72,13 @@ class Run:
                     kind = self._next([kind for kind, _ in running.values()])
                     seed = self.first + self.begun[kind]
                     self.begun[kind] += 1
-                    running[pool.submit(_try, kind, seed)] = (kind, seed)
+                    running[pool.submit(attempt, kind, seed)] = (kind, seed)
                 ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in ended:
-                    self._take(future, *running.pop(future))
+                    self.take(*running[future], *future.result())
+                    del running[future]
+                if len(self.failed) >= _ENOUGH:
+                    break
                 if time.monotonic() > told + _EVERY:
                     told = time.monotonic()
                     print(f"{told - start:.0f} s: {self}", flush=True)
@@ -96,8 +100,8 @@ class Run:
 
         return min(self.kinds, key=share)
 
-    def _take(self, future: Future, kind: str, seed: int) -> None:
-        seconds, report = future.result()
+    def take(self, kind: str, seed: int, seconds: float, report: str | None) -> None:
+        """Count a case that has ended, and say how to repeat it if it failed."""
         self.took[kind] += seconds
         if report is None:
             self.passed[kind] += 1
@@ -120,7 +124,7 @@ def _prepare() -> None:
     logging.disable_progress_bar()
 
 
-def _try(kind: str, seed: int) -> tuple[float, str | None]:
+def attempt(kind: str, seed: int) -> tuple[float, str | None]:
     """Run a case.
 
     Returns:
@@ -128,7 +132,8 @@ def _try(kind: str, seed: int) -> tuple[float, str | None]:
     """
     said = io.StringIO()
     start = time.monotonic()
-    faulthandler.dump_traceback_later(_STUCK, exit=True)
+    # Not the stream that tests capture.
+    faulthandler.dump_traceback_later(_STUCK, exit=True, file=sys.__stderr__)
     report = None
     try:
         with contextlib.redirect_stdout(said):
