@@ -156,12 +156,12 @@ def _one_line(error: BaseException) -> str:
 
 def outcome(family: str) -> Outcome:
     """Try one family."""
-    default = CONFIG_MAPPING[family]()
-    if default.is_encoder_decoder:
-        return Outcome(family, "refused", reason="an encoder-decoder model")
-    if default.get_text_config(decoder=True) is not default:
-        return Outcome(family, "refused", reason="not text only")
     try:
+        default = CONFIG_MAPPING[family]()
+        if default.is_encoder_decoder:
+            return Outcome(family, "refused", reason="an encoder-decoder model")
+        if default.get_text_config(decoder=True) is not default:
+            return Outcome(family, "refused", reason="not text only")
         model = tiny_model(family)
         plain = _generate(model)
     except Exception as error:  # whatever a family's own code raises is why it was not tried
