@@ -32,13 +32,15 @@ from .strategies import (
     list_strategies,
     register_strategy,
 )
-from .strategies.costs import Costs, DraftCost
+from .strategies.costs import Costs, DraftCost, LearntCosts
+from .target import LAST
 from .trace import CycleTrace, DraftTrace, EmittedToken, SpeculativeDecoderOnlyOutput
 from .trees.shapes import ChainTree, DynamicTree, FixedTree, TreeShape
-from .trees.tree import DraftTree, concatenate, merge
+from .trees.tree import DraftTree, SampledProposals, concatenate, merge
 from .version import __version__
 
 __all__ = [
+    "LAST",
     "Auto",
     "ChainTree",
     "Choice",
@@ -59,7 +61,9 @@ __all__ = [
     "Entropy",
     "FixedTree",
     "GenerationContext",
+    "LearntCosts",
     "Merged",
+    "SampledProposals",
     "Single",
     "SpeculativeDecoderOnlyOutput",
     "SpeculativeDecoding",

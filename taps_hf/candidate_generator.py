@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +10,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .drafters.base import Drafter, DraftRequest
-from .drafters.ensemble import Ensemble, ensemble_for, lay_by
+from .drafters.ensemble import Ensemble, ensemble_for, lay_by, layers_read
 from .measuring import learnt_costs
 from .strategies import Choice, CycleOutcome, GenerationContext, Strategy
-from .strategies.checks import check_asked, check_choice
+from .strategies.checks import check_asked, checked_choice
 from .strategies.costs import LearntCosts
 from .target import LAST
 from .trees.shapes import TreeShape
@@ -123,11 +122,9 @@ class TreeCandidateGenerator(CandidateGenerator):
             return nothing
         choice = self.strategy.compose(trees)
         sampled = self._sample_temperature is not None
-        check_choice(self.strategy, choice, int(root), count, self._vocab_size, sampled)
-        deep = choice.tree.depths > max_depth  # a strategy's own proposals: it knows no limit
-        if deep.any():
-            choice = replace(choice, tree=choice.tree.select((~deep).nonzero().squeeze(1)))
-        return choice
+        return checked_choice(
+            self.strategy, choice, int(root), count, self._vocab_size, sampled, max_depth
+        )
 
     def record(self, outcome: CycleOutcome) -> None:
         """Tell the strategy what became of its choice."""
@@ -164,7 +161,7 @@ class TreeCandidateGenerator(CandidateGenerator):
         hidden = model_outputs.hidden_states
         states = {
             layer: hidden[-1 if layer == LAST else layer + 1][0][:known]
-            for layer in self._ensemble.layers
+            for layer in layers_read(self._ensemble.drafters)
         }
         self.observe(new, states)
         room = input_ids.shape[1] if self.max_length is None else self.max_length

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from .cache import CACHE
 from .candidate_generator import TreeCandidateGenerator
 from .drafters.base import Drafter
+from .drafters.ensemble import layers_read
 from .strategies import Strategy, get_strategy
 from .target import TargetSession
 from .trace import CycleTrace, Recorder, SpeculativeDecoderOnlyOutput
@@ -146,7 +147,7 @@ class SpeculativeDecoding:
             keep_logits=as_dict and generation_config.output_logits,
             on_token=None if streamer is None else lambda token: streamer.put(token.cpu()),
         )
-        layers = {layer for drafter in self.drafters.values() for layer in drafter.reads_layers}
+        layers = layers_read(self.drafters.values())
         with TargetSession(model, input_ids, generation_config, model_kwargs, layers) as target:
             drafting = TreeCandidateGenerator(
                 model,

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import CACHE
 from .drafters.base import Drafter, DraftRequest
-from .drafters.ensemble import Ensemble
+from .drafters.ensemble import Ensemble, layers_read
 from .strategies.costs import Costs, DraftCost, LearntCosts, ascending
 from .target import TargetSession
 from .trees.shapes import TreeShape
@@ -25,6 +25,7 @@ _WIDTHS = (1, 16, 17, 32, 33, 8, 64, 48, 49, 4, 65, 96, 2, 12, 24, 128)
 _PAST = 64  # tokens before the root while measuring, unless the target takes fewer
 _SECONDS = 1.6  # in all; one pass of each kind is made even if that takes longer
 _ROUNDS = 3  # that widths are chosen for
+_MOST_KEPT = 64  # costs of a target: of ever other drafters
 
 _Key = TypeVar("_Key")
 
@@ -71,6 +72,8 @@ def learnt_costs(
         kept = _measured.setdefault(target, {})
         if refresh or key not in kept:
             kept[key] = LearntCosts(_measure(target, drafters, tree))
+            while len(kept) > _MOST_KEPT:
+                del kept[next(iter(kept))]
         return kept[key]
 
 
@@ -85,7 +88,7 @@ def _measure(target: PreTrainedModel, drafters: Sequence[Drafter], tree: TreeSha
     ids = (torch.arange(past + 1, device=device) % vocabulary)[None]
     cache = DynamicCache(config=config)
     ensemble = Ensemble(drafters, target)
-    session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache}, ensemble.layers)
+    session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache}, layers_read(drafters))
     tokens, states = session.prefill()
 
     passes = {

@@ -277,12 +277,13 @@ class TargetSession:
             logits of shape (N, vocabulary), and by layer states of shape (N, hidden), in the
             model's dtype.
         """
+        ancestors = tree.ancestors()  # on the CPU, where the tree is: it reads numbers back
         tree = tree.to(self.device)
         past = self._cache.length
         self._stored = self._cache.stored_lengths()
         return self._run(
             input_ids=tree.tokens[None],
-            attention_mask=self._tree_masks(tree, past),
+            attention_mask=self._tree_masks(tree, ancestors.to(self.device), past),
             position_ids=(tree.depths + self.root_position)[None],
         )
 
@@ -316,7 +317,7 @@ class TargetSession:
         self._cache.release()
 
     def _tree_masks(
-        self, tree: DraftTree, past: int
+        self, tree: DraftTree, ancestors: torch.Tensor, past: int
     ) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """What each node may attend to: the past and its ancestors, within the window if any.
 
@@ -326,7 +327,6 @@ class TargetSession:
         """
         if len(tree) == 1 and self._prompt_mask is None and self._window is None:
             return None
-        ancestors = tree.ancestors()
         full = torch.cat([ancestors.new_ones(len(tree), past), ancestors], dim=1)
         if self._prompt_mask is not None:
             # What was emitted since is real. At first the root is the prompt's own last token.

@@ -52,7 +52,7 @@ class CycleTrace:
         seconds_draft: in the drafters and in composing their trees. Like the others None where
             nobody asked for a record and to know the time the host would have to wait (on a GPU).
         seconds_target: in the target's pass.
-        seconds_rest: in everything else (walk, processors, stopping criteria, caches).
+        seconds_rest: in the walk, with processors and stopping criteria, and in keeping states.
         tree: the verified tree, on the CPU; None unless `output_draft_trees` was asked for.
     """
 

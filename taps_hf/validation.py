@@ -57,8 +57,8 @@ def named_drafters(
     wrong = {name: type(d).__name__ for name, d in named.items() if not isinstance(d, Drafter)}
     if wrong or not named:
         raise ValueError(
-            f"`assistant_models` is {wrong or 'empty'}, expected at least one drafter, as a "
-            "taps_hf.EagleDrafter (a list of them, or a dictionary from names to them)."
+            f"`assistant_models` is {wrong or 'empty'}, expected at least one taps_hf.Drafter, as "
+            "an EagleDrafter is (a list of them, or a dictionary from names to them)."
         )
     return named
 

@@ -174,7 +174,8 @@ class Walk:
             self.is_finished = bool(self._criteria(self.input_ids, self.scores).all())
             if self._on_token is not None:
                 self._on_token(token)
-        return Walked(nodes, accepted, self.input_ids[0, start:])
+        # A copy: whoever keeps it should not keep all of the text.
+        return Walked(nodes, accepted, self.input_ids[0, start:].clone())
 
     def _score(self, logits: torch.Tensor) -> torch.Tensor:
         """(1, vocabulary) float32, processed, from (vocabulary,)."""

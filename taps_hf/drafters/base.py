@@ -7,6 +7,7 @@ verification know no kind. Feature drafters (EAGLE-2, HASS) are in `modeling_eag
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from ..trees.growth import GoOn
 from ..trees.shapes import TreeShape
 from ..trees.tree import DraftTree
+
+_SERIAL_NUMBERS = itertools.count()
 
 
 class Drafter(ABC):
@@ -51,7 +54,7 @@ class Drafter(ABC):
 
     def run_key(self) -> Hashable:
         """Drafters of one class with equal keys may share a session (see [`runs_as_one`])."""
-        return id(self)
+        return vars(self).setdefault("_serial_number", next(_SERIAL_NUMBERS))
 
     @classmethod
     def runs_as_one(cls, drafters: Sequence[Drafter]) -> bool:
@@ -69,7 +72,16 @@ class Drafter(ABC):
         """
 
     def digest(self) -> str:
-        """Tells it from drafters that may propose other things, in results that are kept."""
+        """Tells it from drafters that may propose other things, in results that are kept.
+
+        Raises:
+            ValueError: unless it has a `digest`, or a `repr` that says what it is, of its own.
+        """
+        if type(self).__repr__ is object.__repr__:
+            raise ValueError(
+                f"{type(self).__name__} has neither a `digest` nor a `__repr__` of its own, by one "
+                "of which its results would be told from others'."
+            )
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,15 @@ def groups_of(drafters: Sequence[Drafter]) -> list[tuple[int, ...]]:
     return found
 
 
+def layers_read(drafters: Iterable[Drafter]) -> tuple[int, ...]:
+    """The layers of a target whose states any of the drafters reads."""
+    return tuple(sorted({layer for drafter in drafters for layer in drafter.reads_layers}))
+
+
+def _same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    return [id(one) for one in some] == [id(one) for one in others]
+
+
 class Ensemble:
     """The drafters' side of one generation.
 
@@ -43,20 +52,17 @@ class Ensemble:
         self._tokens: list[torch.Tensor] = []  # all that was observed
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Whose states the drafters read."""
-        return tuple(sorted({layer for x in self.drafters for layer in x.reads_layers}))
+    def members(self) -> list[tuple[Drafter, ...]]:
+        """The drafters of each group."""
+        return [tuple(self.drafters[index] for index in group) for group in self.groups]
 
     @property
     def sessions(self) -> list[DrafterSession]:
         """Those of the groups, in their order."""
         if self._sessions is None:
-            self._sessions = [self._start(group) for group in self.groups]
+            started = [type(some[0]).start(some, self._target) for some in self.members]
+            self._sessions = started
         return self._sessions
-
-    def _start(self, group: tuple[int, ...]) -> DrafterSession:
-        members = [self.drafters[index] for index in group]
-        return type(members[0]).start(members, self._target)
 
     def observe(self, tokens: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
         """Tell all drafters of new tokens; see [`DrafterSession.observe`]."""
@@ -82,7 +88,10 @@ class Ensemble:
         for index in asked:
             if index in grown and len(grown[index]) > 1:
                 tree = grown[index].of_drafter(index, len(self.drafters))
-                if request.with_entropy and tree.entropy is None:
+                # Trees are merged with others: alike in what they know.
+                if not request.with_entropy:
+                    tree = replace(tree, entropy=None)
+                elif tree.entropy is None:
                     tree = replace(tree, entropy=torch.full_like(tree.confidence, torch.nan))
                 found[index] = tree
         return found
@@ -94,13 +103,13 @@ class Ensemble:
             earlier: not used any more from now on.
             surplus: tokens at the end of what it observed that are to be taken back.
         """
-        known = {
-            tuple(earlier.drafters[index] for index in group): session
-            for group, session in zip(earlier.groups, earlier.sessions)
-        }
+        if earlier._target is not self._target:
+            return
+        known = list(zip(earlier.members, earlier.sessions))
         sessions = []
-        for group in self.groups:
-            session = known.get(tuple(self.drafters[index] for index in group))
+        for members in self.members:
+            same = [i for i, (others, _) in enumerate(known) if _same_objects(members, others)]
+            session = known.pop(same[0])[1] if same else None
             if session is None or not session.is_current() or not session.forget(surplus):
                 return  # all of them, or none: they hear the same
             sessions.append(session)
@@ -146,8 +155,9 @@ def ensemble_for(drafters: Sequence[Drafter], target: PreTrainedModel, cache: Ca
     """The drafters' side of a generation that extends a cache.
 
     Drafters that drafted when the cache was filled go on with what they know, if they are the same
-    objects with the same weights. What was cropped from the cache they forget. Otherwise they begin
-    without knowing the earlier text: fewer of their tokens are accepted at first.
+    objects with the same weights, for the same target. What was cropped from the cache they forget.
+    Otherwise, and after a generation that an exception ended, they begin without knowing the
+    earlier text: fewer of their tokens are accepted at first.
     """
     ensemble = Ensemble(drafters, target)
     with _lock:

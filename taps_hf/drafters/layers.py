@@ -180,6 +180,11 @@ def build_trunk(
             f"Drafters for the family {family!r} are not supported: its transformers model has no "
             f"{', '.join(missing)} (expected a Llama-like one)."
         )
+    if len(trunk.layers) != 1:
+        raise ValueError(
+            f"Drafters for the family {family!r} are not supported: its transformers model makes "
+            f"{len(trunk.layers)} layers of a configuration of one."
+        )
     return trunk
 
 

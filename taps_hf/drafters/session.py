@@ -16,7 +16,7 @@ from ..trees.growth import Expansion, assemble
 from ..trees.tree import DraftTree
 from .base import DrafterSession, DraftRequest
 from .heads import DraftHead, expand, kept_head
-from .stacking import kept_stack
+from .stacking import kept_stack, state_of
 
 if TYPE_CHECKING:
     from .modeling_eagle import EagleDrafter
@@ -44,6 +44,7 @@ class EagleSession(DrafterSession):
         first = self.drafters[0]
         self.device, self.dtype = first.device, first.dtype
         self._config = first.trunk.config
+        self._target = target
         self._embedding = target.get_input_embeddings()
         module = self._module()
         if module is None:
@@ -57,6 +58,7 @@ class EagleSession(DrafterSession):
             kept_head(self.drafters, target),
             InPlaceCache(DynamicCache(config=self._config)),
         )
+        self._began_as = self._state()
         self._alone: _Runner | None = None  # the one that was last asked alone, since all were
         # What was observed since all ran; how many entries of it the one asked alone has run.
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -65,8 +67,15 @@ class EagleSession(DrafterSession):
     def _module(self) -> torch.nn.Module | None:
         return self.drafters[0] if len(self.drafters) == 1 else kept_stack(self.drafters)
 
+    def _state(self) -> tuple[object, ...]:
+        """What its caches were made by, and how."""
+        return state_of(self.drafters), self.drafters[0].device, torch.is_inference_mode_enabled()
+
     def is_current(self) -> bool:
-        return self._module() is self._all.module
+        if self._state() != self._began_as or self._module() is not self._all.module:
+            return False
+        head = self._all.head
+        return head.full is not None or kept_head(self.drafters, self._target) is head
 
     @property
     def num_slots(self) -> int:
@@ -92,12 +101,11 @@ class EagleSession(DrafterSession):
 
     @torch.no_grad()
     def propose(self, rows: Sequence[int], request: DraftRequest) -> dict[int, DraftTree]:
-        if not self.num_slots:
+        if not (self._all.cache.length or self._pending):  # a text of one token
             return {}
         runner, new = self._runner(rows)
-        if (
-            not new
-        ):  # an earlier turn was taken back to where it had been run: nothing to go on from
+        if not new:
+            # An earlier turn was taken back to what has been run: there is nothing to go on from.
             return {}
         past = runner.cache.length + sum(len(tokens) for tokens, _ in new)
         growth = _Growth(self, runner, past, request)

@@ -206,7 +206,7 @@ class _Kept:
 
     Args:
         modules: weak references, so that it lives no longer than the first of them to go.
-        state: see [`_state`].
+        state: see [`state_of`].
         made: the stack or head; None where none can be made.
     """
 
@@ -239,7 +239,7 @@ def _tried_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
     return stacked if _agrees(stacked, drafters) else None
 
 
-def _state(modules: Sequence[nn.Module]) -> list[tuple]:
+def state_of(modules: Sequence[nn.Module]) -> list[tuple]:
     """Equal to what it was before if no tensor of the modules is another or was changed.
 
     A tensor's version counts the changes, but not those through `.data` or of tensors made under
@@ -260,7 +260,7 @@ def _state(modules: Sequence[nn.Module]) -> list[tuple]:
 
 def keep(kind: str, modules: Sequence[nn.Module], make: Callable[[], _Made]) -> _Made:
     """What `make` gives, or gave when none of the modules' tensors was another."""
-    state = _state(modules)
+    state = state_of(modules)
     key = (kind, *map(id, modules))
 
     def forget(_: weakref.ref[nn.Module]) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import set_threads
 from ..drafters.averaging import average_drafters
+from ..drafters.base import Drafter
 from ..drafters.modeling_eagle import EagleDrafter
 from ..files import check_begun, hold
 from ..loading import check_frozen_target, load_drafter, load_target
@@ -106,7 +107,7 @@ class _Run:
         self,
         options: EvaluateOptions,
         target: PreTrainedModel,
-        drafters: Mapping[str, EagleDrafter],
+        drafters: Mapping[str, Drafter],
         variants: Sequence[Variant],
         weights: Mapping[str, str],
     ) -> None:

@@ -55,15 +55,17 @@ def run_live(
                 "tree": variant.tree,
             }
         began = _now(target.device)
-        outputs[number] = generate_seeded(
+        output = generate_seeded(
             target, prompt, options, seed, return_dict_in_generate=True, **speculate
         )
         seconds[number] = _now(target.device) - began
+        trace = getattr(output, "draft_trace", None)
+        outputs[number] = (output.sequences[0, record.answer_start :].tolist(), trace)
     recorded = record.tokens[record.answer_start :].tolist()
     rows = []
     for number, variant in enumerate(variants):
-        answer = outputs[number].sequences[0, record.answer_start :].tolist()
-        cycles = outputs[number].draft_trace.cycles
+        answer, trace = outputs[number]
+        cycles = trace.cycles
         nothing = [None] * len(cycles)
         rows.append(
             Cycles(

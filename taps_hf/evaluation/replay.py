@@ -20,7 +20,7 @@ from ..drafters.base import Drafter, DraftRequest
 from ..drafters.ensemble import Ensemble
 from ..drafters.modeling_eagle import EagleDrafter
 from ..strategies import GenerationContext
-from ..strategies.checks import check_asked, check_choice
+from ..strategies.checks import check_asked, checked_choice
 from ..strategies.costs import LearntCosts
 from ..target import LAST
 from ..trace import trace_cycle
@@ -92,7 +92,7 @@ class OneByOne:
 _Source = tuple[str, int]  # whose trees, of which of the replay's shapes
 
 
-class _Run:
+class _Decoding:
     """One variant on its way through a record.
 
     Args:
@@ -149,7 +149,8 @@ class _Run:
         tree, drafters = DraftTree.root(root, count), ()
         if trees:
             choice = self._strategy.compose(trees)
-            check_choice(self._strategy, choice, int(root), count, self._vocab_size, False)
+            given = (int(root), count, self._vocab_size, False, spot.max_depth)
+            choice = checked_choice(self._strategy, choice, *given)
             tree, drafters = choice.tree, choice.drafters
         path = _walk(tree, self.record.tokens[spot.root + 1 :])
         self.recorder.add(tree, drafters, path)
@@ -170,10 +171,10 @@ class _Walk:
         positions: how many the target has; None for no limit.
     """
 
-    def __init__(self, record: Record, runs: Sequence[_Run], positions: int | None) -> None:
+    def __init__(self, record: Record, runs: Sequence[_Decoding], positions: int | None) -> None:
         self.record, self.runs = record, list(runs)
         self._positions = record.max_length if positions is None else positions
-        self._here: list[_Run] = []
+        self._here: list[_Decoding] = []
 
     @property
     def root(self) -> int:
@@ -240,7 +241,7 @@ def replay(
     positions = getattr(config, "max_position_embeddings", None)
     walks = []
     for record in records:
-        runs = [_Run(v, record, target, drafters, shapes.index(v.tree)) for v in variants]
+        runs = [_Decoding(v, record, target, drafters, shapes.index(v.tree)) for v in variants]
         walks.append(_Walk(record, runs, positions))
     growers: dict[_Source, _Grower] = {}
     while pending := {i: walk for i, walk in enumerate(walks) if not walk.is_done}:
@@ -253,7 +254,7 @@ def replay(
         for source, spots in wanted.items():
             if source not in growers:
                 drafter = drafters[source[0]]
-                kind = Forest if isinstance(drafter, EagleDrafter) else OneByOne
+                kind = Forest if type(drafter) is EagleDrafter else OneByOne
                 growers[source] = kind(drafter, target, shapes[source[1]], records)
             for spot, tree in zip(spots, growers[source].grow(spots)):
                 grown[spot.record][source] = tree
@@ -263,7 +264,7 @@ def replay(
                 yield [_cycles(run, weights) for run in walk.runs]
 
 
-def _cycles(run: _Run, weights: Mapping[str, str]) -> Cycles:
+def _cycles(run: _Decoding, weights: Mapping[str, str]) -> Cycles:
     record = run.record
     return Cycles(
         record=record.key,

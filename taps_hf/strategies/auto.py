@@ -128,6 +128,7 @@ class _Running(Strategy):
         self._calibration = Calibration(context.num_drafters)
         self._looks: deque[_Look] = deque(maxlen=self._MEMORY)
         self._since_look = 0  # cycles with a draft since the last of these
+        self._asked_before: tuple[int, ...] = ()
         self._pause, self._pauses = 0, 0  # plain steps left; pauses running
         self._misses = 0  # cycles running in which the chosen drafters brought nothing
         self._passes = costs.up_to(128)  # by number of rows; grows with the trees
@@ -176,7 +177,7 @@ class _Running(Strategy):
             reach = self._deeper**depth
         cost = self.costs.draft(self._asked).level + self._marginal()
         worth = reach * self._deeper > self._CAUTION * self.rate * cost
-        self._grown = depth + worth
+        self._grown = max(self._grown, depth + worth)  # groups grow one after the other
         return worth
 
     def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
@@ -196,20 +197,40 @@ class _Running(Strategy):
     def observe(self, outcome: CycleOutcome) -> None:
         rows = 1 if self._tree is None else len(self._tree)
         seconds = self.costs.target_seconds(rows)
-        if self._learnt is not None and self._reads_levels:  # a CPU: cycles are timed
-            drafted = () if self._union is None else self._asked
+        if self._learnt is not None and self._reads_levels and outcome.seconds_target is not None:
+            # Whoever sat out before has read what was said meanwhile: that is no draft's cost.
+            drafted = self._asked if self._asked == self._asked_before else ()
             spent = (outcome.seconds_target, outcome.seconds_draft)
             self._learnt.observe(rows, spent[0], drafted, self._grown, spent[1])
-        if self._union is not None:
+        if self._asked:
             draft = self.costs.draft(self._asked)
             seconds += draft.first + (self._grown - 1) * draft.level
             self._learn(outcome)
         self._tokens = self._RATE_DECAY * self._tokens + len(outcome.tokens)
         self._seconds = self._RATE_DECAY * self._seconds + seconds
+        self._asked_before = self._asked
         self._forget_cycle()  # the next one may end before anyone is asked
 
     def _learn(self, outcome: CycleOutcome) -> None:
-        union, accepted = self._union, len(outcome.accepted)
+        """From a cycle in which drafters were asked, if only to hear that they had nothing."""
+        accepted = len(outcome.accepted)
+        if self._union is not None:
+            self._calibrate(outcome)
+            self._nodes += 0.2 * (len(self._tree) - 1 - self._nodes)
+            self._levels += 0.2 * (self._grown - self._levels)
+            chances = min(accepted + 1, self._grown)
+            for depth in range(1, chances + 1):
+                self._deeper += 0.05 * ((depth <= accepted) - self._deeper)
+        if self._asked == self._everyone:
+            tree = self._tree
+            self._looks.append(_Look((), ()) if tree is None else _Look.of(outcome.accepted, tree))
+            self._since_look = self._misses = 0
+        else:
+            self._since_look += 1
+            self._misses = 0 if accepted else self._misses + 1
+
+    def _calibrate(self, outcome: CycleOutcome) -> None:
+        union = self._union
         children = union.children()
         reached, hits = [0], []
         for token in outcome.tokens:
@@ -219,17 +240,6 @@ class _Running(Strategy):
             reached.append(node)
             hits.append(node)
         self._calibration.observe(union, reached[: len(outcome.tokens)], hits)
-        if self._asked == self._everyone:
-            self._looks.append(_Look.of(outcome.accepted, self._tree))
-            self._since_look = self._misses = 0
-        else:
-            self._since_look += 1
-            self._misses = 0 if accepted else self._misses + 1
-        chances = min(accepted + 1, self._grown)
-        for depth in range(1, chances + 1):
-            self._deeper += 0.05 * ((depth <= accepted) - self._deeper)
-        self._nodes += 0.2 * (len(self._tree) - 1 - self._nodes)
-        self._levels += 0.2 * (self._grown - self._levels)
 
     def _marginal(self) -> float:
         """Seconds for one node more, steps evened out."""

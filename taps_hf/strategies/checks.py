@@ -6,6 +6,7 @@ Cheap enough for every cycle (tens of microseconds): trees are small and on the 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +29,16 @@ def check_asked(strategy: Strategy, asked: Any, num_drafters: int) -> tuple[int,
     return tuple(asked)
 
 
-def check_choice(
-    strategy: Strategy, choice: Any, root: int, num_drafters: int, vocab_size: int, sampled: bool
-) -> None:
-    """Check what a strategy wants to be verified.
+def checked_choice(
+    strategy: Strategy,
+    choice: Any,
+    root: int,
+    num_drafters: int,
+    vocab_size: int,
+    sampled: bool,
+    max_depth: int,
+) -> Choice:
+    """What a strategy wants to be verified, checked and cut.
 
     Args:
         strategy: for the messages.
@@ -40,6 +47,8 @@ def check_choice(
         num_drafters: how many there are.
         vocab_size: of the target.
         sampled: whether proposals are sampled from the drafters' distributions.
+        max_depth: deeper nodes are left out: a strategy that proposes something itself knows no
+            limit.
 
     Raises:
         ValueError: unless it is a choice among these drafters with a well-formed tree.
@@ -63,6 +72,10 @@ def check_choice(
         wrong = _fault_of_proposals(choice.tree, choice.tree.proposals)
     if wrong is not None:
         raise ValueError(f"{name} returned a tree that {wrong}.")
+    deep = choice.tree.depths > max_depth
+    if deep.any():
+        return replace(choice, tree=choice.tree.select((~deep).nonzero().squeeze(1)))
+    return choice
 
 
 def _are_drafters(found: Any, num_drafters: int) -> bool:

@@ -31,13 +31,13 @@ class TreeShape(ABC):
 
     follows_tokens: ClassVar[bool]
 
+    num_nodes: int = 64
+    """Most nodes a tree has, the root not counted."""
+
     @property
     def min_vocab_size(self) -> int:
         """How many tokens a drafter must score for the tree to be grown."""
         return 1
-
-    num_nodes: int = 64
-    """Most nodes a tree has, the root not counted."""
 
     @abstractmethod
     def grow(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -158,3 +160,46 @@ def test_costs_are_measured_for_every_kind():
     costs = taps_hf.measure_costs(tiny_target(), drafters, TREE)
     assert costs.groups == ((0,), (1, 2))
     assert all(cost.first > 0 for cost in costs.one)
+
+
+def test_new_drafters_have_costs_of_their_own():
+    """Even where they stand in memory where others stood."""
+    keys = set()
+    for number in range(20):
+        drafter = Phrases([number])
+        keys.add(drafter.run_key())
+        assert drafter.run_key() in keys
+        del drafter
+    assert len(keys) == 20
+
+
+def test_trees_are_alike_in_what_they_know():
+    """Whatever a kind of drafter knows of entropies, trees of several kinds can be merged."""
+
+    class Knowing(Phrases):
+        @classmethod
+        def start(cls, drafters, target):
+            session = super().start(drafters, target)
+            propose = session.propose
+
+            def known(rows, request):
+                found = propose(rows, request)
+                entropy = torch.zeros_like(found[0].confidence)
+                return {0: replace(found[0], entropy=entropy)}
+
+            session.propose = known
+            return session
+
+    knowing = Knowing(*half_right().phrases)
+    for wanted in (False, True):
+        out = generate([knowing, tiny_drafters(1)[0]], strategy="merged", output_draft_trees=wanted)
+        assert out.sequences[0].tolist() == plain()
+
+
+def test_results_of_a_drafter_that_does_not_say_what_it_is():
+    class Nameless(Phrases):
+        __repr__ = object.__repr__
+
+    assert half_right().digest() == half_right().digest() != Phrases([1]).digest()
+    with pytest.raises(ValueError, match="Nameless has neither"):
+        Nameless([1]).digest()

@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 
 import taps_hf
 from taps_hf.cache import CACHE
@@ -155,3 +155,71 @@ def test_two_conversations_do_not_mix():
         longer = torch.cat([first.sequences, prompt(6, seed=5)], dim=1)
         second = generate(longer, drafters, **{CACHE: first[CACHE]})
         assert cycles(second) == cycles(generate(longer, drafters)), seed
+
+
+def turns(drafters, between=lambda drafters: None, **kwargs):
+    """Two turns, and the second one without what is known from the first."""
+    first = generate(prompt(9), drafters, **kwargs)
+    longer = torch.cat([first.sequences, prompt(6, seed=5)], dim=1)
+    between(drafters)
+    return generate(longer, drafters, **{CACHE: first[CACHE]}, **kwargs), longer
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda drafters: drafters[0].fc.weight.data.mul_(2.0),
+        lambda drafters: drafters[0].score_only(4),
+        lambda drafters: drafters[0].to(torch.bfloat16),
+    ],
+    ids=["weights", "tokens scored", "dtype"],
+)
+def test_a_drafter_that_was_changed_begins_anew(between):
+    """Alone, too: as if the cache had been filled by somebody else."""
+    drafters = [copy.deepcopy(tiny_drafters(1)[0])]
+    found, longer = turns(drafters, between)
+    cache = DynamicCache(config=tiny_target().config)
+    with torch.no_grad():
+        tiny_target()(longer[:, : 9 + 14 - 1], **{CACHE: cache})
+    assert cycles(found) == cycles(generate(longer, drafters, **{CACHE: cache}))
+
+
+def test_a_turn_in_inference_mode_and_one_without():
+    drafters = tiny_drafters(2)
+    with torch.inference_mode():
+        first = generate(prompt(9), drafters)
+    longer = torch.cat([first.sequences.clone(), prompt(6, seed=5)], dim=1)
+    out = generate(longer, drafters, **{CACHE: first[CACHE]})
+    assert torch.equal(out.sequences, generate(longer, drafters).sequences)
+
+
+def test_another_target_with_the_same_cache():
+    drafters, other = tiny_drafters(2), copy.deepcopy(tiny_target())
+    with torch.no_grad():
+        other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
+    first = generate(prompt(9), drafters)
+    ids = torch.cat([first.sequences, prompt(6, seed=5)], dim=1)
+    settings = {**COMMON, "assistant_models": drafters, "strategy": "merged", "tree": TREE}
+    copied = copy.deepcopy(first[CACHE])
+    found = other.generate(ids, **settings, **{CACHE: first[CACHE]})
+    assert cycles(found) == cycles(other.generate(ids, **settings, **{CACHE: copied}))
+
+
+def test_the_same_drafter_twice_and_one_without_a_hash():
+    class Equal(Phrases):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return isinstance(other, Phrases)
+
+    text = generate(prompt(9), tiny_drafters(1)).sequences[0].tolist()
+    one = Equal(text, confidence=0.5)
+    found, longer = turns([one, one, tiny_drafters(1)[0]])
+    assert torch.equal(found.sequences, generate(longer, tiny_drafters(1)).sequences)
+
+
+def test_what_is_kept_of_the_text_is_the_text():
+    first = generate(prompt(9), tiny_drafters(2), max_new_tokens=60)
+    kept, _ = ensemble._laid_by[first[CACHE]]
+    held = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept._tokens}
+    assert sum(tensor.untyped_storage().nbytes() // 8 for tensor in held.values()) == 9 + 60

@@ -78,3 +78,9 @@ def test_what_a_familys_code_raises_is_a_value_error():
         layer_config(tiny_config("falcon_mamba"))
     with pytest.raises(ValueError, match="cannot be made of `layer_config`: KeyError"):
         build_trunk({"model_type": "llama", "hidden_act": "nonsense"}, torch.device("meta"))
+
+
+def test_a_family_that_makes_no_layer_is_refused():
+    needs_family("longcat_flash")
+    found = outcome("longcat_flash")
+    assert (found.verdict, "makes 0 layers" in found.reason) == ("refused", True)

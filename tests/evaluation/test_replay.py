@@ -6,9 +6,11 @@ import torch
 from taps_hf import (
     Auto,
     ChainTree,
+    Choice,
     Confidence,
     Costs,
     DraftCost,
+    DraftTree,
     DynamicTree,
     FixedTree,
     Merged,
@@ -56,6 +58,17 @@ class Unhashable(DynamicTree):
     """A shape of somebody else's: equal to others like it, without a hash."""
 
     __hash__ = None
+
+
+class Deeper(Strategy):
+    """Proposes something itself, as deep as it likes."""
+
+    def compose(self, trees):
+        tree = next(iter(trees.values()))
+        nodes = torch.arange(30)
+        tokens = torch.cat([tree.tokens[:1], nodes[1:] % VOCAB])
+        known = torch.ones(tree.num_drafters, 30)
+        return Choice(DraftTree(tokens, nodes - 1, nodes, known, known, known), (0,))
 
 
 def make(folder, temperature: float, family: str = "llama"):
@@ -113,7 +126,7 @@ def test_kinds_and_strategies_that_learn_are_replayed(tmp_path, temperature):
     for name, each in (("cheap", CHEAP), ("dear", DEAR)):
         auto = Auto(explore=2, costs=Costs(points, groups, (each,) * 2, (each,) * 2))
         variants.append(Variant(f"auto, {name}", NAMES, auto, tree))
-    for strategy in (Merged(), Confidence(), Confidence("prompt"), Merged(num_nodes=5)):
+    for strategy in (Merged(), Confidence(), Confidence("prompt"), Merged(num_nodes=5), Deeper()):
         variants.append(Variant(repr(strategy), NAMES, strategy, tree))
     ended = {rows[0].record: rows for rows in replay(records, target, drafters, variants, WEIGHTS)}
     asked = set()

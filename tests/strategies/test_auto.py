@@ -115,6 +115,23 @@ def test_drafters_that_are_always_wrong_are_asked_ever_less_often():
     assert set(pauses[4:-1]) == {32}
 
 
+def test_a_drafter_that_falls_silent_does_not_keep_the_others_out():
+    """Whoever is asked may have nothing to propose: then nothing is composed."""
+    strategy = running(costs(0.02, draft=0.05), explore=8)
+    for _ in range(20):
+        cycle(strategy, {0: 3})
+    asked = []
+    for _ in range(12):
+        asked.append(strategy.ask((0, 1)))
+        if 1 in asked[-1]:
+            strategy.compose({1: chain(1, [0.6, 0.6])})
+            strategy.observe(outcome((1,), (1, 1), (11, 12, 99)))
+        else:  # the first has nothing
+            strategy.observe(outcome((), (), (99,)))
+    assert next(i for i, a in enumerate(asked) if 1 in a) <= 2
+    assert sum(1 in a for a in asked) >= 9
+
+
 def test_drafts_that_pay_are_not_given_up_because_others_paid_more():
     """Slow next to what was reached lately, the cycles looked at were faster than plain steps."""
     strategy = running(costs(0.05, draft=0.5), explore=8)
