@@ -21,7 +21,7 @@ from .trees.shapes import TreeShape
 from .trees.tree import DraftTree
 
 # Rows of a pass, the most telling first: matrix units work in tiles of 16 rows, so there are steps.
-_WIDTHS = (1, 16, 17, 32, 33, 8, 64, 48, 49, 4, 65, 96, 2, 12, 24, 128)
+WIDTHS = (1, 16, 17, 32, 33, 8, 64, 48, 49, 4, 65, 96, 2, 12, 24, 128)
 _PAST = 64  # tokens before the root while measuring, unless the target takes fewer
 _SECONDS = 1.6  # in all; one pass of each kind is made even if that takes longer
 _ROUNDS = 3  # that widths are chosen for
@@ -91,9 +91,10 @@ def _measure(target: PreTrainedModel, drafters: Sequence[Drafter], tree: TreeSha
     session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache}, layers_read(drafters))
     tokens, states = session.prefill()
 
+    most = tree.num_nodes * len(drafters) + 1
     passes = {
         ("target", width): _target_run(session, ids[0, -1:], width)
-        for width in _widths(session, ids[0, -1:], tree.num_nodes * len(drafters) + 1)
+        for width in widths_to_measure(most, _pass_seconds(session, ids[0, -1:]))
     }
     drafts: dict[tuple, Callable[[], None]] = {}
     for number, group in enumerate(ensemble.groups):
@@ -121,13 +122,18 @@ def _measure(target: PreTrainedModel, drafters: Sequence[Drafter], tree: TreeSha
     )
 
 
-def _widths(session: TargetSession, token: torch.Tensor, most: int) -> list[int]:
-    """The widths to measure up to `most`, ascending: fewer where a pass is long."""
+def _pass_seconds(session: TargetSession, token: torch.Tensor) -> float:
+    """Of the target over one row."""
     run = _target_run(session, token, 1)
     run()  # the first takes longer
     (seconds,) = _time({"one": run}, session.device, seconds=0.0).values()
+    return seconds
+
+
+def widths_to_measure(most: int, seconds: float) -> list[int]:
+    """Numbers of rows up to `most`, ascending: fewer where a pass over one takes many `seconds`."""
     affordable = max(int(_SECONDS / (1.5 * _ROUNDS * seconds)), 3)  # wider passes take longer
-    wanted = dict.fromkeys((1, most, *(width for width in _WIDTHS if width < most)))
+    wanted = dict.fromkeys((1, most, *(width for width in WIDTHS if width < most)))
     return sorted(list(wanted)[:affordable])
 
 

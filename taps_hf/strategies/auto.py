@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,11 @@ from ..trees.tree import DraftTree, merge
 from .base import Choice, CycleOutcome, GenerationContext, Strategy, register_strategy
 from .calibration import Calibration
 from .costs import Costs, LearntCosts
+from .looks import Look, Looks
 
+CAUTION = 1.5
+"""What looks worth its time is on average worth less: the most overrated is chosen first. And near
+the best size a smaller tree brings hardly less."""
 _TILE = 16  # rows; the cost of a pass may rise in steps of so many
 
 
@@ -67,35 +70,6 @@ class Auto(Strategy):
         raise RuntimeError("Auto decides by what it learns in a generation; call `begin` first.")
 
 
-@dataclass(frozen=True)
-class _Look:
-    """A cycle in which all drafters ran, to see what it would have been with some of them.
-
-    Args:
-        proposers: of each accepted token.
-        groups: of the verified nodes, how many were proposed by which drafters.
-    """
-
-    proposers: tuple[tuple[int, ...], ...]
-    groups: tuple[tuple[frozenset[int], int], ...]
-
-    @classmethod
-    def of(cls, proposers: tuple[tuple[int, ...], ...], tree: DraftTree) -> _Look:
-        """By the accepted tokens' proposers and the verified tree."""
-        known = (~tree.confidence[:, 1:].isnan()).T.tolist()
-        groups = Counter(frozenset(i for i, by in enumerate(row) if by) for row in known)
-        return cls(proposers, tuple(groups.items()))
-
-    def accepted(self, asked: Sequence[int]) -> int:
-        """Tokens that only these drafters would have had accepted."""
-        missing = (i for i, by in enumerate(self.proposers) if not set(by) & set(asked))
-        return next(missing, len(self.proposers))
-
-    def nodes(self, asked: Sequence[int]) -> int:
-        """Nodes that only these drafters would have had verified."""
-        return sum(count for by, count in self.groups if by & set(asked))
-
-
 class _Running(Strategy):
     """[`Auto`] in one generation.
 
@@ -106,13 +80,8 @@ class _Running(Strategy):
         learnt: where to tell what cycles took; None if costs are assumed.
     """
 
-    # What looks worth its time is on average worth less: the most overrated is chosen first. Near
-    # the best size a smaller tree brings hardly less.
-    _CAUTION = 1.5
     _FIRST_PAUSE = 4  # plain steps
     _LOOKS_TO_GIVE_UP = 4  # before the first pause; later ones need two
-    _MEMORY = 12  # looks that are remembered
-    _DECAY = 0.85  # of a look's weight, for each later one
     _RATE_DECAY = 0.9  # of tokens and seconds, for each later cycle
 
     def __init__(
@@ -126,7 +95,7 @@ class _Running(Strategy):
         self._everyone = tuple(range(context.num_drafters))
         self._reads_levels = context.device.type == "cpu"
         self._calibration = Calibration(context.num_drafters)
-        self._looks: deque[_Look] = deque(maxlen=self._MEMORY)
+        self._looks = Looks(costs)
         self._since_look = 0  # cycles with a draft since the last of these
         self._asked_before: tuple[int, ...] = ()
         self._pause, self._pauses = 0, 0  # plain steps left; pauses running
@@ -158,7 +127,7 @@ class _Running(Strategy):
         if due or self._misses >= 2:
             self._asked = everyone
             return self._asked
-        self._asked = self._best_drafters()
+        self._asked = self._looks.fastest(everyone, self._levels)
         if self._asked:
             self._pauses = 0
         elif self._pauses == 0 and len(self._looks) < self._LOOKS_TO_GIVE_UP:
@@ -176,7 +145,7 @@ class _Running(Strategy):
         else:  # reading a level back would make the device wait: by what was so far
             reach = self._deeper**depth
         cost = self.costs.draft(self._asked).level + self._marginal()
-        worth = reach * self._deeper > self._CAUTION * self.rate * cost
+        worth = reach * self._deeper > CAUTION * self.rate * cost
         self._grown = max(self._grown, depth + worth)  # groups grow one after the other
         return worth
 
@@ -187,7 +156,7 @@ class _Running(Strategy):
         if len(union) > len(self._passes):
             self._passes = self.costs.up_to(2 * len(union))
         seconds = self._passes[: len(union)]
-        price = self._CAUTION * self.rate * seconds
+        price = CAUTION * self.rate * seconds
         gain = torch.cat([torch.zeros(1), order.values.cumsum(0)]) - price
         kept = (order.indices[: int(gain.argmax())] + 1).sort().values
         self._union = union
@@ -223,7 +192,7 @@ class _Running(Strategy):
                 self._deeper += 0.05 * ((depth <= accepted) - self._deeper)
         if self._asked == self._everyone:
             tree = self._tree
-            self._looks.append(_Look((), ()) if tree is None else _Look.of(outcome.accepted, tree))
+            self._looks.add(Look() if tree is None else Look.of(outcome.accepted, tree))
             self._since_look = self._misses = 0
         else:
             self._since_look += 1
@@ -246,26 +215,3 @@ class _Running(Strategy):
         rows = round(self._nodes) + 1
         more = self.costs.target_seconds(rows + _TILE) - self.costs.target_seconds(rows)
         return max(more, 0.0) / _TILE
-
-    def _best_drafters(self) -> tuple[int, ...]:
-        """The fastest by the last looks, none if plain steps are: grown one by one."""
-        best: tuple[int, ...] = ()
-        rate = 1.0 / self._plain
-        while True:
-            more = [tuple(sorted((*best, index))) for index in self._everyone if index not in best]
-            found = [(self._rate_with(asked), asked) for asked in more]
-            if not found or max(found)[0] <= rate:
-                return best
-            rate, best = max(found)
-
-    def _rate_with(self, asked: tuple[int, ...]) -> float:
-        """Tokens per second that these drafters would have reached in the last looks."""
-        draft = self.costs.draft(asked)
-        drafting = draft.first + (self._levels - 1) * draft.level
-        tokens = seconds = 0.0
-        for age, look in enumerate(reversed(self._looks)):
-            weight = self._DECAY**age
-            tokens += weight * (1.0 + look.accepted(asked))
-            nodes = look.nodes(asked)
-            seconds += weight * (drafting + self.costs.target_seconds(nodes + 1))
-        return tokens / seconds

@@ -18,11 +18,9 @@ from taps_hf import (
     GenerationContext,
     SpeculativeDecoding,
 )
-from taps_hf.strategies.auto import _Look
+from taps_hf.strategies.auto import CAUTION
 
 from ..tiny import prompt, tiny_drafters, tiny_target
-
-NAN = float("nan")
 
 
 def costs(rows: float, draft: float = 0.0, num_drafters: int = 2, plain: float = 1.0) -> Costs:
@@ -86,7 +84,7 @@ def test_the_nodes_verified_are_those_with_the_largest_net_gain():
         trees = {i: chain(i, values[i].tolist()) for i in range(2)}
         tree = strategy.compose(trees).tree
         paths = sorted(values.cumprod(1).flatten().tolist(), reverse=True)
-        price = strategy._CAUTION * strategy.rate
+        price = CAUTION * strategy.rate
         nets = [sum(paths[:n]) - price * (1.0 + rows * n) for n in range(11)]
         assert len(tree) - 1 == nets.index(max(nets))
         kept = tree.path_confidence[:, 1:].nan_to_num(nan=0).amax(dim=0)
@@ -167,27 +165,6 @@ def test_a_change_of_topic_brings_the_other_drafter_back():
     assert all(1 in a for a in asked[6:])
 
 
-def test_a_look_says_what_fewer_drafters_would_have_had():
-    #  root -> 1 (both) -> 2 (drafter 1) -> 3 (drafter 1); 4 (drafter 0) beside 1
-    known = torch.tensor([[1, 0.5, NAN, NAN, 0.2], [1, 0.5, 0.4, 0.3, NAN]])
-    parents, depths = torch.tensor([-1, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 3, 1])
-    tree = DraftTree(torch.arange(5), parents, depths, known, known)
-    look = _Look.of(((0, 1), (1,)), tree)
-    assert [look.accepted(asked) for asked in [(0,), (1,), (0, 1)]] == [1, 2, 2]
-    assert [look.nodes(asked) for asked in [(0,), (1,), (0, 1), ()]] == [2, 3, 4, 0]
-
-
-def test_a_drafter_that_brings_less_than_its_nodes_cost_does_not_run():
-    """In one of ten looks the first drafter has a token more, in all of them three nodes more."""
-    strategy = running(costs(0.12))
-    nodes = ((frozenset({0}), 3), (frozenset({1}), 3))
-    strategy._looks.extend(_Look(((1,), (0,)) if i == 5 else ((1,),), nodes) for i in range(10))
-    assert strategy._best_drafters() == (1,)
-    cheap = running(costs(0.01))
-    cheap._looks.extend(strategy._looks)
-    assert cheap._best_drafters() == (0, 1)
-
-
 def test_a_level_is_grown_if_it_is_likely_to_be_reached():
     strategy = running(costs(0.01, draft=0.3))
     strategy.ask((0, 1))
@@ -200,13 +177,16 @@ def test_a_level_is_grown_if_it_is_likely_to_be_reached():
 
 def test_a_cycle_in_which_nobody_was_asked_teaches_nothing():
     """The last one of a generation has no room for drafts, and no strategy is asked."""
-    strategy = running(costs(0.02))
-    for _ in range(5):
-        cycle(strategy, {0: 3})
-    before = (strategy._calibration._accepted.clone(), list(strategy._looks))
-    strategy.observe(outcome((), (), (1,)))
-    assert torch.equal(strategy._calibration._accepted, before[0])
-    assert list(strategy._looks) == before[1]
+    told, untold = running(costs(0.02)), running(costs(0.02))
+    for strategy in (told, untold):
+        for _ in range(5):
+            cycle(strategy, {0: 3})
+    told.observe(outcome((), (), (1,)))
+    trees = {i: chain(i, [0.7, 0.5, 0.3]) for i in range(2)}
+    for strategy in (told, untold):
+        assert strategy.ask((0, 1)) == (0,)
+    chosen = [strategy.compose({0: trees[0]}).tree for strategy in (told, untold)]
+    assert torch.equal(*(tree.tokens for tree in chosen))
 
 
 @pytest.mark.parametrize("field", ["explore", "longest_pause"])

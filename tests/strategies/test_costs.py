@@ -3,15 +3,13 @@ from __future__ import annotations
 import copy
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from taps_hf import Auto, Costs, DraftCost, DynamicTree, measure_costs
-from taps_hf import measuring as module
-from taps_hf.measuring import _WIDTHS, _widths, learnt_costs
+from taps_hf.measuring import WIDTHS, learnt_costs, widths_to_measure
 from taps_hf.strategies.costs import LearntCosts, ascending
 
 from ..tiny import prompt, tiny_drafters, tiny_target
@@ -45,7 +43,7 @@ def test_measured_once_for_models_and_threads_until_refreshed():
     costs = measure_costs(target, drafters, TREE)
     assert costs.groups == ((0, 1), (2,))
     widths = [rows for rows, _ in costs.target]
-    assert widths == sorted([*(rows for rows in _WIDTHS if rows < 61), 61])
+    assert widths == sorted([*(rows for rows in WIDTHS if rows < 61), 61])
     seconds = [seconds for _, seconds in costs.target]
     assert seconds[0] > 0
     assert seconds == sorted(seconds)
@@ -61,11 +59,9 @@ def test_measured_once_for_models_and_threads_until_refreshed():
     ("seconds", "expected"),
     [(9.0, [1, 16, 97]), (0.08, [1, 16, 17, 97]), (0.05, [1, 8, 16, 17, 32, 33, 97])],
 )
-def test_where_passes_are_long_few_widths_are_measured(monkeypatch, seconds, expected):
+def test_where_passes_are_long_few_widths_are_measured(seconds, expected):
     """The ends, and then the step from one tile of a matrix unit to two."""
-    monkeypatch.setattr(module, "_target_run", lambda *_: lambda: None)
-    monkeypatch.setattr(module, "_time", lambda *_, **__: {"one": seconds})
-    assert _widths(SimpleNamespace(device=None), torch.tensor([1]), 97) == expected
+    assert widths_to_measure(97, seconds) == expected
 
 
 def test_no_pass_takes_longer_than_a_wider_one():
