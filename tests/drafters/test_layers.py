@@ -80,7 +80,7 @@ def test_what_a_familys_code_raises_is_a_value_error():
         build_trunk({"model_type": "llama", "hidden_act": "nonsense"}, torch.device("meta"))
 
 
-def test_a_family_that_makes_no_layer_is_refused():
+def test_a_family_that_counts_its_layers_otherwise_is_refused():
+    """It makes none of a configuration of one, or (in early versions) fails over it."""
     needs_family("longcat_flash")
-    found = outcome("longcat_flash")
-    assert (found.verdict, "makes 0 layers" in found.reason) == ("refused", True)
+    assert outcome("longcat_flash").verdict == "refused"

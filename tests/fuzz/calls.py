@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -26,6 +28,9 @@ from ..saved import letter_tokenizer
 from ..tiny import FAMILIES, VOCAB, prompt, tiny_drafters, tiny_target
 
 Arguments = dict[str, Any]
+# Early versions want the whole sequence along with a cache. In chunks they run a prompt only where
+# they are given a cache, and then all of it, also what an earlier turn's cache holds.
+TAKES_ONLY_NEW = "_mask_length" in inspect.getsource(GenerationMixin.generate)
 FEWEST_SCORED = 9  # tokens, by a drafter of `drafters_of`
 
 
@@ -218,8 +223,9 @@ def draw_call(choose: random.Random, family: str, greedy: bool | None = None) ->
     common |= {"do_sample": sampled, "return_dict_in_generate": choose.random() < 0.8}
     common |= {"output_scores": choose.random() < 0.3, "output_logits": choose.random() < 0.3}
     common |= {"streams": choose.random() < 0.3}
-    if choose.random() < 0.15:
-        common["prefill_chunk_size"] = choose.randint(1, 20)
+    size = choose.randint(1, 20) if choose.random() < 0.15 else None
+    if size is not None and TAKES_ONLY_NEW:
+        common["prefill_chunk_size"] = size
     common |= _processing(choose)
     if sampled:
         common |= _warping(choose)
