@@ -235,9 +235,9 @@ def draw_call(choose: random.Random, family: str, greedy: bool | None = None) ->
     return Call(common, ours, seed if sampled else None)
 
 
-def draw_drafting(choose: random.Random, family: str) -> Arguments:
-    """Drafters, a strategy and a tree."""
-    pool = drafters_of(family)
+def draw_drafting(choose: random.Random, family: str, sampled: bool = False) -> Arguments:
+    """Drafters (if need be, those that can sample proposals), a strategy and a tree."""
+    pool = [drafter for drafter in drafters_of(family) if drafter.samples or not sampled]
     count = choose.choice([1, 1, 2, 2, 2, 3, 4])
     drafters: Any = choose.sample(pool, count)
     strategy = draw_strategy(choose, count)

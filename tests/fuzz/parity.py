@@ -168,7 +168,7 @@ def _rejection(choose: random.Random) -> None:
     target = tiny_target(family, attention=attention)
     call = draw_call(choose, family)
     common = {**call.common, "return_dict_in_generate": True, "output_scores": True}
-    ours = draw_drafting(choose, family)
+    ours = draw_drafting(choose, family, sampled=True)
     ours |= {"strategy": choose.choice(["single", "merged"]), "verification": "rejection"}
     call = Call(common, {**ours, "tree": draw_tree(choose, dynamic=False)}, call.seed)
     inputs = draw_tokens(choose, choose.randint(1, 20))
