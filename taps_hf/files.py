@@ -334,8 +334,11 @@ def _exchange(new: Path, old: Path) -> None:
     old.rename(aside)
     try:
         new.rename(old)
-    except BaseException:
-        aside.rename(old)
+    except BaseException as error:
+        try:
+            aside.rename(old)
+        except OSError:  # somebody has taken the name in that moment
+            raise OSError(f"{error}. The earlier result lies in {aside}.") from error
         raise
     aside.rename(new)
 

@@ -259,6 +259,32 @@ def test_a_folder_that_cannot_be_replaced_stays_beside_the_new_one(tmp_path, mon
     assert (beside / "config.json").read_text() == "b"
 
 
+def test_who_takes_the_name_meanwhile_keeps_it(tmp_path, monkeypatch):
+    """Where names change in several steps: nothing is lost, and it is said where all of it lies."""
+    out = tmp_path / "out"
+    result(out, "a")
+    before, rename = tree_of(out), Path.rename
+
+    def then_taken(path: Path, other: Path) -> Path:
+        found = rename(path, other)
+        if path == out:
+            out.mkdir()
+            (out / "notes").write_text("mine")
+        return found
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: object())
+    monkeypatch.setattr(Path, "rename", then_taken)
+    with pytest.raises(ValueError, match=r"The earlier result lies in .* The new result") as error:
+        result(out, "b")
+    assert (out / "notes").read_text() == "mine"
+    one, other = (path for path in tmp_path.iterdir() if path != out)
+    earlier, new = (one, other) if tree_of(one) == before else (other, one)
+    assert tree_of(earlier) == before
+    assert (new / "config.json").read_text() == "b"
+    assert str(earlier) in str(error.value)
+    assert str(new) in str(error.value)
+
+
 def test_what_a_run_uses_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     for path in (out, out / "features", tmp_path / "other" / ".." / "out" / "x"):
