@@ -68,6 +68,10 @@ class TrainingRows:
 
 
 def is_held_out(example: Example, share: float) -> bool:
-    """Whether a row is kept out of training: by its tokens, so alike in every run and mixture."""
-    text = ",".join(map(str, example.input_ids)).encode()
+    """Whether a row is kept out of training: by what comes before its first answer.
+
+    So alike in every run and mixture, and for all answers to the same question.
+    """
+    question = example.input_ids[: example.is_answer.index(True)]
+    text = ",".join(map(str, question)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < share * 2**64

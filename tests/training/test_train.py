@@ -285,6 +285,12 @@ def test_held_out_rows_are_the_same_in_every_mixture():
     assert share == pytest.approx(0.1, abs=0.02)
     few, more = ({row for row in rows if is_held_out(row, x)} for x in (0.05, 0.1))
     assert few < more
+    # Another answer to a question that is held out would tell most of this one's.
+    for i in range(100):
+        twice = (
+            Example((i, 1, *end), (False,) + (True,) * (1 + len(end))) for end in ((2,), (5, 6))
+        )
+        assert len({is_held_out(row, 0.3) for row in twice}) == 1
 
 
 def test_two_processes_train_the_model_that_one_trains(options, folder, tmp_path):
