@@ -49,12 +49,17 @@ def _given_drafter(
     tokenizer: PreTrainedTokenizerBase,
     tokens: torch.Tensor | None,
 ) -> EagleDrafter:
-    path = options.init_from
+    path, objective = options.init_from, get_objective(options.objective)
     called = f"`init_from` ({path})"
     drafter = load_drafter(path, target, tokenizer, called=called, dtype=torch.float32)
-    asked = {"fc_bias": options.fc_bias, "input_norm": options.input_norm}
+    if not isinstance(drafter, objective.drafter_class):
+        raise ValueError(
+            f"{called} is a {type(drafter).__name__}, expected the "
+            f"{objective.drafter_class.__name__} that `objective` {options.objective} trains."
+        )
+    asked = _shape(options)
     found = {name: getattr(drafter.config, name) for name in asked}
-    if any(asked[name] and asked[name] != found[name] for name in asked):
+    if found != asked:
         raise ValueError(f"`init_from` is a drafter with {found}, but {asked} was asked for.")
     for name, value in _provenance(options).items():
         setattr(drafter.config, name, value)
@@ -70,11 +75,10 @@ def _new_drafter(
     tokens: torch.Tensor | None,
 ) -> EagleDrafter:
     torch.manual_seed(options.seed)
-    drafter = EagleDrafter.from_target(
+    drafter = get_objective(options.objective).drafter_class.from_target(
         target,
         draft_token_ids=tokens,
-        fc_bias=options.fc_bias,
-        input_norm=options.input_norm,
+        **_shape(options),
         target_name_or_path=target.config.name_or_path,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         **_provenance(options),
@@ -82,6 +86,12 @@ def _new_drafter(
     if options.start == "least_squares":
         check_can_be_fitted(drafter)
     return drafter
+
+
+def _shape(options: TrainOptions) -> dict[str, object]:
+    """What was asked for of the fields that shape its drafter."""
+    names = get_objective(options.objective).drafter_options
+    return {name: value for name in names if (value := getattr(options, name))}
 
 
 def _provenance(options: TrainOptions) -> dict[str, object]:

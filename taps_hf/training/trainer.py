@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer
 
+from ..target import LAST
 from .encoding import Example
 from .features import FeatureStore
 from .objectives import DraftObjective
-from .steps import IGNORED
+from .steps import IGNORED, scored_slots
 
 
 class ExampleDataset(Dataset):
@@ -24,11 +25,18 @@ class ExampleDataset(Dataset):
     Args:
         examples: what to train on.
         stores: where features are looked up, in this order; none to have them computed.
+        layers: whose states the features are.
     """
 
-    def __init__(self, examples: Sequence[Example], stores: Sequence[FeatureStore] = ()) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        stores: Sequence[FeatureStore] = (),
+        layers: Sequence[int] = (LAST,),
+    ) -> None:
         self.examples = list(examples)
         self.stores = tuple(stores)
+        self.layers = tuple(layers)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -42,17 +50,21 @@ class ExampleDataset(Dataset):
         if self.stores:
             known = example.input_ids[:-1]  # nobody reads the last token's feature
             store = next(store for store in self.stores if known in store)
-            item["features"] = store.read(known)
+            item["features"] = store.read(known, self.layers)
         return item
 
 
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pad items on the right to the longest."""
+    """Pad items on the right to the longest, and say which slots are scored.
+
+    The latter here, where it costs nothing: on a device it would have to be waited for.
+    """
     paddings = {"input_ids": 0, "labels": IGNORED, "features": 0.0}
-    return {
+    batch = {
         name: pad_sequence([item[name] for item in items], True, paddings[name])
         for name in items[0]
     }
+    return {**batch, "slots": scored_slots(batch["labels"], 1)[0].flatten().nonzero()[:, 0]}
 
 
 class LengthSampler(Sampler[int]):

@@ -46,9 +46,9 @@ def test_filling_goes_on_where_it_was(tmp_path, monkeypatch):
     fill_store(store, tiny_target(), ROWS[:2])
     passes = []
 
-    def noted(target, ids):
+    def noted(target, ids, **kwargs):
         passes.append(ids.shape)
-        return features_of(target, ids)
+        return features_of(target, ids, **kwargs)
 
     monkeypatch.setattr("taps_hf.training.features.features_of", noted)
     fill_store(store, tiny_target(), ROWS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from taps_hf.cli import main
+from taps_hf.target import LAST
 from taps_hf.training.conversations import DataReport, DataSource, SourceRow, read_mixture
 from taps_hf.training.encoding import encode_rows
 from taps_hf.training.features import FeatureStore, features_of
@@ -23,7 +24,7 @@ END = {2}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_generate(family):
     target = tiny_target(family)
-    found = answer_batch(target, PROMPTS, 15, END, keep_features=True)
+    found = answer_batch(target, PROMPTS, 15, END, layers=(LAST,))
     lengths = set()
     for ids, answer in zip(PROMPTS, found):
         ids_tensor = torch.tensor([ids])
