@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
-from ..drafters.modeling_eagle import EagleDrafter
 from ..drafters.modeling_eagle3 import Eagle3Drafter
+from ..drafters.modeling_feature import FeatureDrafter
 from .conversations import DataSource
 from .objectives import get_objective
 from .options import TrainOptions
@@ -34,7 +34,7 @@ def provenance(device: torch.device) -> dict[str, str]:
     }
 
 
-def model_card(drafter: EagleDrafter, record: dict[str, Any]) -> ModelCard:
+def model_card(drafter: FeatureDrafter, record: dict[str, Any]) -> ModelCard:
     """The card of a drafter that was trained here.
 
     Args:
@@ -64,8 +64,8 @@ def model_card(drafter: EagleDrafter, record: dict[str, Any]) -> ModelCard:
 # {get_objective(options["objective"]).title} drafter for {target}
 
 A one-layer draft model ({millions:.1f} million parameters) for `taps-hf`, with which its target
-emits several tokens per pass; the text stays the target's own. {_holds(drafter)}, and scores
-{scored:,} of the target's {config.vocab_size:,} tokens.
+emits several tokens per pass; the text stays the target's own. {_holds(drafter)},
+and scores {scored:,} of the target's {config.vocab_size:,} tokens.
 
     import taps_hf
     drafter = taps_hf.{type(drafter).__name__}.from_pretrained("FOLDER OR HUB NAME")
@@ -92,7 +92,7 @@ token is right; deep acceptance: how often the last one is, of the drafts right 
     )
 
 
-def _holds(drafter: EagleDrafter | Eagle3Drafter) -> str:
+def _holds(drafter: FeatureDrafter) -> str:
     if isinstance(drafter, Eagle3Drafter):
         layers = ", ".join(map(str, drafter.config.layer_ids))
         return f"It reads the target's hidden states {layers}, has an LM head but no embedding"

@@ -83,9 +83,7 @@ class FeatureStore:
         """Of what is kept of a token: layers x hidden."""
         return len(self.layers) * self.hidden_size
 
-    def read(
-        self, input_ids: Sequence[int], layers: Sequence[int] | None = None
-    ) -> torch.Tensor:
+    def read(self, input_ids: Sequence[int], layers: Sequence[int] | None = None) -> torch.Tensor:
         """The features of a row: (len(input_ids), layers x hidden) bfloat16.
 
         Args:

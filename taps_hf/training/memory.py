@@ -11,9 +11,7 @@ from .encoding import Example
 from .objectives import DraftObjective
 
 
-def estimate_memory(
-    objective: DraftObjective, examples: Sequence[Example], batch_size: int
-) -> int:
+def estimate_memory(objective: DraftObjective, examples: Sequence[Example], batch_size: int) -> int:
     """Bytes that training takes next to the target, by a rough count that errs upwards.
 
     Weights, gradients and AdamW's two moments in float32; per token of the largest batch the

@@ -75,7 +75,8 @@ class TrainOptions:
     objective: str = _option("eagle", f"as published: {' or '.join(list_objectives())}")
     init_from: str | None = _option(None, "drafter to start from (HASS starts from EAGLE's)")
     start: str = _option(
-        "random", "a new drafter's weights: random, least_squares (eagle, hass), target_head (eagle3)"
+        "random",
+        "a new drafter's weights: random, least_squares (eagle, hass), target_head (eagle3)",
     )
     eval_data: list[str] = _option([], "more sources of which the held-out rows are measured")
     held_out: float = _option(0.02, "share of all rows, the same ones in every run, not trained on")

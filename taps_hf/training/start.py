@@ -83,7 +83,7 @@ def copy_head(drafter: Eagle3Drafter, target: PreTrainedModel) -> None:
     drafter.norm.weight.copy_(target.base_model.norm.weight)
 
 
-def check_can_copy_head(drafter: Eagle3Drafter, target: PreTrainedModel) -> None:
+def check_can_copy_head(target: PreTrainedModel) -> None:
     """Raise `ValueError` unless the target's final norm is of the drafter's kind."""
     norm = getattr(target.base_model, "norm", None)
     # Gemma's weights, for one, are what is added to 1.

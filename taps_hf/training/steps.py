@@ -12,14 +12,14 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_feature import FeatureDrafter
 from ..masks import additive
 
 IGNORED = -100  # label of a token that no drafter is asked to foresee
 
 
 def harmonised_steps(
-    drafter: EagleDrafter,
+    drafter: FeatureDrafter,
     embeds: torch.Tensor,
     features: torch.Tensor,
     steps: int,
@@ -31,10 +31,10 @@ def harmonised_steps(
     true features up to slot p - j + 1 and follows the true tokens. It reads its own prediction
     from step j - 1 at slot p - 1; its attention sees true slots up to p - j + 1, and behind them
     the slot p - j + i of each step i < j: the slots that chain would have left in the cache
-    (HASS's harmonised context alignment, which EAGLE-3 calls training-time test). Every step's slots are appended to one key-value cache
-    and a mask picks among them, so this runs the modules that drafting runs. The authors' training
-    code instead multiplies attention logits by 0 or 1 and masks again after the softmax without
-    normalising anew; inference does neither.
+    (HASS's harmonised context alignment, EAGLE-3's training-time test). Every step's slots are
+    appended to one key-value cache and a mask picks among them, so this runs the modules that
+    drafting runs. HASS's own code instead multiplies attention logits by 0 or 1 and masks again
+    after the softmax without normalising anew; inference does neither.
 
     Args:
         embeds: (batch, slots, hidden): embeddings of the next tokens.

@@ -13,8 +13,8 @@ import torch
 from transformers import TrainingArguments
 
 from ..checks import set_threads
-from ..drafters.modeling_eagle import EagleDrafter
 from ..drafters.modeling_eagle3 import Eagle3Drafter
+from ..drafters.modeling_feature import FeatureDrafter
 from ..files import ResultFolder, hold, read_json, write_json
 from ..loading import check_frozen_target, load_target
 from .card import model_card, provenance
@@ -180,13 +180,15 @@ def _trainer(
         model=objective,
         args=arguments,
         train_dataset=ExampleDataset(examples, stores, layers),
-        eval_dataset={name: ExampleDataset(rows, stores, layers) for name, rows in held_out.items()},
+        eval_dataset={
+            name: ExampleDataset(rows, stores, layers) for name, rows in held_out.items()
+        },
         optimizers=(optimizer, None),
     )
 
 
 def _write(
-    drafter: EagleDrafter, record: dict[str, object], result: ResultFolder, work: Path
+    drafter: FeatureDrafter, record: dict[str, object], result: ResultFolder, work: Path
 ) -> None:
     """Write the drafter with its card, and the record of the run beside the checkpoints."""
     with result.writing() as folder:

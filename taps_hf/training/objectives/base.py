@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ...checks import COUNT, NOT_NEGATIVE, Range, check_numbers
-from ...drafters.modeling_eagle import EagleDrafter
+from ...drafters.modeling_feature import FeatureDrafter
 from ...target import LAST
 from ..features import features_of
 from ..steps import IGNORED, accepted_chains, harmonised_steps, scored_slots
@@ -63,7 +63,7 @@ class FrozenTarget:
         drafter: the drafter, for the tokens it scores.
     """
 
-    def __init__(self, target: PreTrainedModel, drafter: EagleDrafter) -> None:
+    def __init__(self, target: PreTrainedModel, drafter: FeatureDrafter) -> None:
         self.model = target
         self.embedding = target.get_input_embeddings()
         self.hidden_size = target.config.get_text_config(decoder=True).hidden_size
@@ -140,7 +140,7 @@ class DraftObjective(nn.Module, ABC):
     backbone: ClassVar[str]
     """What their configurations say of it."""
 
-    drafter_class: ClassVar[type[EagleDrafter]]
+    drafter_class: ClassVar[type[FeatureDrafter]]
     """Which drafters it trains."""
 
     published: ClassVar[Mapping[str, float | int]] = {}
@@ -148,6 +148,9 @@ class DraftObjective(nn.Module, ABC):
 
     starts: ClassVar[tuple[str, ...]]
     """Where a new drafter's weights can start (see [`start`])."""
+
+    cuts_gradients: ClassVar[bool] = True
+    """Whether they end at what is handed from step to step (see [`harmonised_steps`])."""
 
     drafter_options: ClassVar[tuple[str, ...]]
     """Options of a run that shape its drafters, by the names of fields of their configurations."""
@@ -157,7 +160,7 @@ class DraftObjective(nn.Module, ABC):
 
     def __init__(
         self,
-        drafter: EagleDrafter,
+        drafter: FeatureDrafter,
         frozen: FrozenTarget,
         options: ObjectiveOptions,
         evaluation_depth: int = 5,
@@ -187,14 +190,6 @@ class DraftObjective(nn.Module, ABC):
         """Whose states a batch's features are: those that the drafter reads, and the last ones."""
         read = tuple(self.drafter.reads_layers)
         return read if LAST in read else (*read, LAST)
-
-    @abstractmethod
-    def steps(self, batch: Batch, depth: int, noise: float = 0.0) -> Iterator[torch.Tensor]:
-        """What the drafter predicts 1, 2, ... `depth` tokens deep: (batch, slots, hidden) each.
-
-        Args:
-            noise: half-width of uniform noise on the target's states that the drafter reads.
-        """
 
     @abstractmethod
     def scores(self, predicted: torch.Tensor) -> torch.Tensor:
@@ -243,7 +238,7 @@ class DraftObjective(nn.Module, ABC):
         losses = self.losses(batch.wanted)
         sums: dict[str, torch.Tensor] = {}
         weight = total = 1.0
-        for step, hidden in enumerate(self.steps(batch, depth, self.options.noise)):
+        for step, hidden in enumerate(self._steps(batch, depth, self.options.noise)):
             if step:
                 weight *= self.options.decay
                 total += weight
@@ -251,6 +246,18 @@ class DraftObjective(nn.Module, ABC):
             sums = {name: sums.get(name, 0.0) + weight * value for name, value in found.items()}
         loss = self._weighted(sums) / (num_items_in_batch * total)
         return {"loss": loss, **{name: value.detach() for name, value in sums.items()}}
+
+    def _steps(self, batch: Batch, depth: int, noise: float = 0.0) -> Iterator[torch.Tensor]:
+        """What the drafter predicts 1, 2, ... `depth` tokens deep: (batch, slots, hidden) each.
+
+        Args:
+            noise: half-width of uniform noise on the target's states that the drafter reads.
+        """
+        states = batch.states
+        if noise:
+            states = states + (torch.rand_like(states) * 2 - 1) * noise
+        features = self.drafter.fuse(states)
+        return harmonised_steps(self.drafter, batch.embeds, features, depth, self.cuts_gradients)
 
     def _batch(
         self,
@@ -287,7 +294,7 @@ class DraftObjective(nn.Module, ABC):
     def _evaluate(self, batch: Batch) -> dict[str, torch.Tensor]:
         hits = []
         loss = batch.wanted.new_zeros((), dtype=torch.float32)
-        for step, hidden in enumerate(self.steps(batch, self.evaluation_depth)):
+        for step, hidden in enumerate(self._steps(batch, self.evaluation_depth)):
             predicted = batch.at_slots(hidden)
             best = self.scores(predicted).argmax(dim=1)
             if self.drafter.draft_token_ids is not None:

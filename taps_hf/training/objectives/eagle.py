@@ -1,16 +1,15 @@
-"""The objectives of EAGLE and HASS: foresee the target's features, and what its head says to them."""
+"""The objectives of EAGLE and HASS: foresee the target's features, and what follows from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from ...drafters.modeling_eagle import EagleDrafter
-from ..steps import harmonised_steps
-from .base import Batch, DraftObjective, register_objective
+from .base import DraftObjective, register_objective
 
 
 class FeatureObjective(DraftObjective):
@@ -19,9 +18,6 @@ class FeatureObjective(DraftObjective):
     drafter_class = EagleDrafter
     starts = ("random", "least_squares")
     drafter_options = ("fc_bias", "input_norm")
-
-    def steps(self, batch: Batch, depth: int, noise: float = 0.0) -> Iterator[torch.Tensor]:
-        return harmonised_steps(self.drafter, batch.embeds, noisy(batch.states, noise), depth)
 
     def scores(self, predicted: torch.Tensor) -> torch.Tensor:
         return self.frozen.scores(predicted)
@@ -54,13 +50,6 @@ class FeatureObjective(DraftObjective):
             return found
 
         return of
-
-
-def noisy(states: torch.Tensor, half_width: float) -> torch.Tensor:
-    """With uniform noise added."""
-    if not half_width:
-        return states
-    return states + (torch.rand_like(states) * 2 - 1) * half_width
 
 
 @register_objective("eagle")

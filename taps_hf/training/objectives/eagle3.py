@@ -7,15 +7,13 @@ gradients flow through those it hands from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from ...drafters.modeling_eagle3 import Eagle3Drafter
-from ..steps import harmonised_steps
-from .base import Batch, DraftObjective, ObjectiveOptions, register_objective
-from .eagle import noisy
+from .base import DraftObjective, ObjectiveOptions, register_objective
 
 _ROWS = 4096  # slots of which the target's whole distributions are held at a time
 
@@ -35,6 +33,7 @@ class Eagle3(DraftObjective):
     backbone = "eagle3"
     drafter_class = Eagle3Drafter
     starts = ("random", "target_head")
+    cuts_gradients = False
     drafter_options = ("layer_ids",)
     published: ClassVar[Mapping[str, float | int]] = {
         "steps": 7,
@@ -54,10 +53,6 @@ class Eagle3(DraftObjective):
                     "loss but the cross-entropy."
                 )
         return options
-
-    def steps(self, batch: Batch, depth: int, noise: float = 0.0) -> Iterator[torch.Tensor]:
-        features = self.drafter.fuse(noisy(batch.states, noise))
-        return harmonised_steps(self.drafter, batch.embeds, features, depth, cut=False)
 
     def scores(self, predicted: torch.Tensor) -> torch.Tensor:
         return self.drafter.scores(predicted)
