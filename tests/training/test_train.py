@@ -311,7 +311,7 @@ def test_two_processes_train_the_model_that_one_trains(options, folder, tmp_path
         assert done.stdout.count("wrote ") == 1
         found.append((weights(out), json.loads(_record(out))["measured"]))
     for name, value in found[0][0].items():
-        torch.testing.assert_close(found[1][0][name], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-2, atol=4e-3)
     assert found[0][1]["math.jsonl_chains"] == found[1][1]["math.jsonl_chains"]
 
 
