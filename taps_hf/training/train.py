@@ -199,6 +199,7 @@ def _write(
 
 def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
     first = Path(options.sources()[0].name).name
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=options.epochs,
@@ -213,7 +214,7 @@ def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
         adam_beta2=options.beta2,
         max_grad_norm=options.clip,
         bf16=options.mixed_precision,
-        use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=on_cpu,
         eval_strategy="steps",
         save_strategy="steps",
         save_total_limit=2,
@@ -223,7 +224,7 @@ def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
         logging_steps=20,
         # Both would have the host wait for the device at every step.
         logging_nan_inf_filter=False,
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": not on_cpu},
         report_to=options.report_to,
         remove_unused_columns=False,
         label_names=["labels"],

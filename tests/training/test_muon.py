@@ -83,3 +83,14 @@ def test_an_older_torch_is_told_so_before_work_starts(monkeypatch):
         TrainOptions(data=["a.jsonl"], out="x", optimizer="muon")
     with pytest.raises(ValueError, match="`optimizer` is 'sgd'"):
         TrainOptions(data=["a.jsonl"], out="x", optimizer="sgd")
+
+
+@needs_muon
+def test_a_head_is_left_to_adamw():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"fc": nn.Linear(4, 4, bias=False), "lm_head": nn.Linear(4, 9, bias=False)}
+    )
+    muon, adamw = MuonWithAdamW(model.named_parameters(), lr=1e-2).parts
+    assert muon.param_groups[0]["params"] == [model["fc"].weight]
+    assert adamw.param_groups[0]["params"] == [model["lm_head"].weight]
