@@ -37,21 +37,27 @@ class ExampleDataset(Dataset):
         self.examples = list(examples)
         self.stores = tuple(stores)
         self.layers = tuple(layers)
+        # Made once: they are wanted in every epoch, between two steps of a device.
+        self._tokens = [_tokens_and_labels(example) for example in self.examples]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        example = self.examples[index]
-        ids = torch.tensor(example.input_ids)
-        labels = ids.where(torch.tensor(example.is_answer), IGNORED)
-        labels[:2] = IGNORED  # nothing precedes them that a drafter could read
+        ids, labels = self._tokens[index]
         item = {"input_ids": ids, "labels": labels}
         if self.stores:
-            known = example.input_ids[:-1]  # nobody reads the last token's feature
+            known = self.examples[index].input_ids[:-1]  # nobody reads the last token's feature
             store = next(store for store in self.stores if known in store)
             item["features"] = store.read(known, self.layers)
         return item
+
+
+def _tokens_and_labels(example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor(example.input_ids)
+    labels = ids.where(torch.tensor(example.is_answer), IGNORED)
+    labels[:2] = IGNORED  # nothing precedes them that a drafter could read
+    return ids, labels
 
 
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -119,7 +119,7 @@ class Batch:
 
     def at_slots(self, values: torch.Tensor) -> torch.Tensor:
         """(n, ...): those at the scored slots, of (batch, slots, ...)."""
-        return values.flatten(0, 1)[self.slots]
+        return values.flatten(0, 1).index_select(0, self.slots)
 
 
 class DraftObjective(nn.Module, ABC):

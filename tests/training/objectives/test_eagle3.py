@@ -16,7 +16,7 @@ from taps_hf.training.options import TrainOptions
 from taps_hf.training.steps import IGNORED, harmonised_steps
 
 from ...tiny import FAMILIES, VOCAB, prompt, tiny_target
-from ..test_objectives import Forced
+from .test_eagle import Forced
 
 
 def drafter_for(target, draft_vocab=None, seed=0, **kwargs) -> Eagle3Drafter:

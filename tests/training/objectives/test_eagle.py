@@ -22,7 +22,7 @@ from taps_hf.training.objectives import (
 from taps_hf.training.options import TrainOptions
 from taps_hf.training.steps import IGNORED, accepted_chains, harmonised_steps, scored_slots
 
-from ..tiny import FAMILIES, prompt, tiny_drafters, tiny_target
+from ...tiny import FAMILIES, prompt, tiny_drafters, tiny_target
 
 
 def slots_of(target, ids):
