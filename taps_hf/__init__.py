@@ -14,7 +14,9 @@ from .candidate_generator import TreeCandidateGenerator
 from .drafters.averaging import average_drafters
 from .drafters.base import Drafter, DrafterSession, DraftRequest
 from .drafters.configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
+from .drafters.configuration_eagle3 import Eagle3DrafterConfig
 from .drafters.modeling_eagle import EagleDrafter
+from .drafters.modeling_eagle3 import Eagle3Drafter
 from .extension import disable, enable, is_enabled
 from .generation import SpeculativeDecoding
 from .measuring import measure_costs
@@ -55,6 +57,8 @@ __all__ = [
     "Drafter",
     "DrafterSession",
     "DynamicTree",
+    "Eagle3Drafter",
+    "Eagle3DrafterConfig",
     "EagleDrafter",
     "EagleDrafterConfig",
     "EmittedToken",

@@ -9,16 +9,20 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .checks import check_device, loading
 from .drafters.modeling_eagle import EagleDrafter
+from .drafters.modeling_eagle3 import Eagle3Drafter
+from .drafters.modeling_feature import FeatureDrafter
 from .embedded import load_embedded_target, load_embedded_tokenizer
 from .validation import check_drafter, check_target, check_tokenizer
 
 EMBEDDED = "embedded"
+_KINDS = {kind.config_class.model_type: kind for kind in (EagleDrafter, Eagle3Drafter)}
 
 
 def load_target(
@@ -110,7 +114,7 @@ def load_drafter(
     name: str | None = None,
     called: str | None = None,
     dtype: torch.dtype | Literal["auto"] = "auto",
-) -> EagleDrafter:
+) -> FeatureDrafter:
     """A drafter that fits a target, on its device and in evaluation mode.
 
     Args:
@@ -127,7 +131,9 @@ def load_drafter(
     """
     name = path if name is None else name
     with loading(called or f"Drafter {name!r} ({path})"):
-        drafter = EagleDrafter.from_pretrained(path, dtype=dtype)
+        kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+        # Of an unknown kind the check of any says what is wrong.
+        drafter = _KINDS.get(kind, EagleDrafter).from_pretrained(path, dtype=dtype)
     drafter = drafter.to(target.device).eval()
     check_drafter(name, drafter, target)
     if tokenizer is not None:

@@ -23,7 +23,7 @@ LAST = -1
 """Among layers: the last hidden states, after the final norm: what the LM head reads."""
 
 
-class _StateRecorder:
+class StateRecorder:
     """Notes down hidden states of a target's layers while a shell of it runs."""
 
     def __init__(self) -> None:
@@ -48,18 +48,18 @@ def _shell_of(module: nn.Module) -> nn.Module:
     return shell
 
 
-def _recording(
+def recording_decoder(
     model: PreTrainedModel, layers: Collection[int]
-) -> tuple[PreTrainedModel, _StateRecorder]:
-    """A shell around the modules of `model`, for one generation, and the recorder inside it.
+) -> tuple[nn.Module, StateRecorder]:
+    """A shell around the decoder of `model`, and the recorder inside it.
 
-    What drafters read is wanted beside the logits, without keeping all layers' hidden states and
-    without a hook on a model that other threads may be using (transformers 5.0 collects
-    `output_hidden_states` by patching the layers, which two threads can leave patched for good).
+    Its recorder holds the states of these layers, and of [`LAST`], after each of its passes.
 
-    The shell's `forward` is the model's, one set on the object included ([`check_forward`]).
+    Args:
+        model: nothing is stored on it.
+        layers: indices of decoder layers, or [`LAST`], that [`check_layers`] lets pass.
     """
-    recorder = _StateRecorder()
+    recorder = StateRecorder()
     decoder = _shell_of(model.base_model)
     decoder.register_forward_hook(recorder.hook(LAST))
     inner = sorted(set(layers) - {LAST})
@@ -69,6 +69,21 @@ def _recording(
             stack._modules[str(layer)] = _shell_of(stack._modules[str(layer)])
             stack._modules[str(layer)].register_forward_hook(recorder.hook(layer))
         decoder._modules["layers"] = stack
+    return decoder, recorder
+
+
+def _recording(
+    model: PreTrainedModel, layers: Collection[int]
+) -> tuple[PreTrainedModel, StateRecorder]:
+    """A shell around the modules of `model`, for one generation, and the recorder inside it.
+
+    What drafters read is wanted beside the logits, without keeping all layers' hidden states and
+    without a hook on a model that other threads may be using (transformers 5.0 collects
+    `output_hidden_states` by patching the layers, which two threads can leave patched for good).
+
+    The shell's `forward` is the model's, one set on the object included ([`check_forward`]).
+    """
+    decoder, recorder = recording_decoder(model, layers)
     shell = _shell_of(model)
     shell._modules[model.base_model_prefix] = decoder
     # accelerate's wrapper around the model itself only moves inputs and outputs; its hooks on the

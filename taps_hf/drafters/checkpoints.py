@@ -50,23 +50,24 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(path: str | Path, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(path: str | Path, kwargs: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """The content of a checkpoint's `config.json`.
 
     Args:
         path: a folder, or the name of a repository of the Hub.
         kwargs: of `from_pretrained`; those about finding files are used.
+        model_type: of the kind of drafter that is wanted.
 
     Raises:
         OSError: if there is none.
-        ValueError: if it is not a JSON object, or not a drafter's.
+        ValueError: if it is not a JSON object, or not such a drafter's.
     """
     file = _find(path, "config.json", kwargs, required=True)
     content = _read_object(file)
-    if content.get("model_type") != "taps_eagle":
+    if content.get("model_type") != model_type:
         raise ValueError(
-            f"{file} has `model_type` {content.get('model_type')!r}, expected 'taps_eagle': "
-            "it is not a drafter's."
+            f"{file} has `model_type` {content.get('model_type')!r}, expected {model_type!r}: "
+            "it is not such a drafter's."
         )
     return content
 

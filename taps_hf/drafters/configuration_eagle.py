@@ -1,42 +1,19 @@
-"""Configuration of an EAGLE-style drafter.
-
-A drafter is described by the family and width of the target it was trained for, not by a
-target's weights: `layer_config` holds the (one-layer) configuration of the target's own family,
-so that the drafter's decoder layer is built from that family's transformers modules.
-"""
+"""Configuration of an EAGLE-style drafter, whose layer is one of the target's own family."""
 
 from __future__ import annotations
 
 import hashlib
-from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .layers import build_config, layer_config
+from .configuration_feature import FeatureDrafterConfig, text_config_of
+from .layers import layer_config
 
 BACKBONES = ("eagle2", "hass")
 
-# What the fields must be, beside being of these types, is checked below. A size beyond the bound is
-# no model's, and would take memory or minutes before anything else could be seen to be wrong.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "layer_config": (dict,),
-    "hidden_size": (int,),
-    "vocab_size": (int,),
-    "fc_bias": (bool,),
-    "input_norm": (bool,),
-    "draft_vocab_size": (int, NoneType),
-    "target_name_or_path": (str, NoneType),
-    "tokenizer_fingerprint": (str, NoneType),
-    "training_data": (list,),
-}
-# Fields by which transformers would load something else than a drafter's safetensors.
-_FOREIGN = ("quantization_config", "transformers_weights")
-_LARGEST_SIZE = 2**24
 
-
-class EagleDrafterConfig(PretrainedConfig):
+class EagleDrafterConfig(FeatureDrafterConfig):
     r"""Configuration of [`EagleDrafter`].
 
     Args:
@@ -59,6 +36,8 @@ class EagleDrafterConfig(PretrainedConfig):
     """
 
     model_type = "taps_eagle"
+    own_types: ClassVar = {"fc_bias": (bool,), "input_norm": (bool,)}
+    shape_fields: ClassVar = ("fc_bias", "input_norm")
 
     def __init__(
         self,
@@ -76,43 +55,19 @@ class EagleDrafterConfig(PretrainedConfig):
     ) -> None:
         if backbone not in BACKBONES:
             raise ValueError(f"`backbone` is {backbone!r}, expected one of {BACKBONES}.")
-        self.layer_config = {} if layer_config is None else layer_config
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
         self.backbone = backbone
         self.fc_bias = fc_bias
         self.input_norm = input_norm
-        self.draft_vocab_size = draft_vocab_size
-        self.target_name_or_path = target_name_or_path
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.training_data = [] if training_data is None else training_data
-        self._check()
-        for name in _FOREIGN:
-            if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` is {kwargs[name]!r}, but drafters have none.")
-        # The drafter owns neither an embedding nor a head, so there is nothing to tie.
-        kwargs["tie_word_embeddings"] = False
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PretrainedConfig.from_dict`.
-
-        Raises:
-            ValueError: for fields that are no drafter's, whatever transformers would raise.
-        """
-        dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
-        known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if dtype is not None and not getattr(known, "is_floating_point", False):
-            raise ValueError(f"`dtype` is {dtype!r}, expected a floating-point one of torch's.")
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except ValueError:
-            raise
-        except Exception as error:  # the content of a file is data: any error refuses it
-            raise ValueError(
-                f"The fields are not a drafter's configuration: {type(error).__name__}: {error}"
-            ) from error
+        super().__init__(
+            layer_config=layer_config,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            target_name_or_path=target_name_or_path,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            training_data=training_data,
+            **kwargs,
+        )
 
     @classmethod
     def from_target(
@@ -130,18 +85,7 @@ class EagleDrafterConfig(PretrainedConfig):
             ValueError: if the target has no decoder of its own kind (encoder-decoder models), or
                 no dense layer is known for its family.
         """
-        if target_config.is_encoder_decoder:
-            raise ValueError(
-                f"The target is an encoder-decoder model ({target_config.model_type}), "
-                "expected a decoder-only one."
-            )
-        text_config = target_config.get_text_config(decoder=True)
-        absent = [n for n in ("hidden_size", "vocab_size") if not hasattr(text_config, n)]
-        if absent:
-            raise ValueError(
-                f"The configuration of the target ({target_config.model_type}) has no "
-                f"`{absent[0]}`, expected that of a causal language model."
-            )
+        text_config = text_config_of(target_config)
         kwargs.setdefault("target_name_or_path", target_config.name_or_path or None)
         return cls(
             layer_config=layer_config(text_config, dense),
@@ -149,53 +93,6 @@ class EagleDrafterConfig(PretrainedConfig):
             vocab_size=text_config.vocab_size,
             **kwargs,
         )
-
-    def build_layer_config(self) -> PretrainedConfig:
-        """The transformers configuration of the drafter's one-layer trunk.
-
-        Raises:
-            ValueError: if `layer_config` is no configuration of its family, has several layers, or
-                layers that do not attend to everything.
-        """
-        fields = self.layer_config
-        config = build_config(fields)
-        types = fields.get("layer_types")
-        expected = {
-            "num_hidden_layers": (fields.get("num_hidden_layers"), 1),
-            "vocab_size": (fields.get("vocab_size"), 1),
-            "hidden_size": (getattr(config, "hidden_size", None), self.hidden_size),
-            "layer_types": (types, types and ["full_attention"]),
-            "dtype": (fields.get("dtype"), None),
-        }
-        if types is None:
-            expected["sliding_window"] = (fields.get("sliding_window"), None)
-        for name, (found, wanted) in expected.items():
-            if type(found) is not type(wanted) or found != wanted:
-                raise ValueError(
-                    f"`layer_config` has `{name}` {found!r}, expected {wanted!r}: a drafter has "
-                    "one layer, of its own width, which attends to everything."
-                )
-        return config
-
-    def _check(self) -> None:
-        """Refuse fields of other types or ranges than this class documents."""
-        for name, types in _TYPES.items():
-            value = getattr(self, name)
-            # True and False are integers too, but no sizes.
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                expected = " or ".join("None" if t is NoneType else t.__name__ for t in types)
-                raise ValueError(f"`{name}` is {value!r}, expected {expected}.")
-        for name in ("hidden_size", "vocab_size"):
-            if not 0 <= getattr(self, name) <= _LARGEST_SIZE:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, expected 0 to {_LARGEST_SIZE}."
-                )
-        size = self.draft_vocab_size
-        if size is not None and not 0 < size <= self.vocab_size:
-            raise ValueError(
-                f"`draft_vocab_size` is {size}, expected None or a number from 1 to the target's "
-                f"vocabulary size ({self.vocab_size})."
-            )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,8 +1,9 @@
-"""From a drafter's features to proposed tokens: the target's head, and the choice of children."""
+"""From a drafter's features to proposed tokens: heads, and the choice of children."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,61 +13,38 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..trees.growth import Expansion
-from .stacking import keep
+from .stacking import keep, kept_stack
 
 if TYPE_CHECKING:
-    from .modeling_eagle import EagleDrafter
+    from .modeling_feature import FeatureDrafter
 
 _ROWS = 16  # distributions that are worked on at a time
 _BLOCK = 128
 
 
-class DraftHead:
-    """The target's LM head over the tokens that each drafter scores.
+class DraftHead(ABC):
+    """What scores tokens after the features that drafters predict.
 
     Args:
-        drafters: with equal [`stacking_key`]s.
-        target: whose head it is.
+        drafters: one, or several that run as one.
     """
 
-    def __init__(self, drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> None:
-        self.device, self.dtype = drafters[0].device, drafters[0].dtype
-        self.vocab_size = drafters[0].config.vocab_size
-        head = target.get_output_embeddings()
-        self.full: nn.Module | None = None  # the whole head, where all tokens are scored
-        self.ids: torch.Tensor | None = None  # (D, scored) int64
-        self.weight: torch.Tensor | None = None  # (D, scored, hidden)
-        self.bias: torch.Tensor | None = None  # (D, 1, scored)
-        if drafters[0].draft_token_ids is None:
-            self.full = head
-            return
-        self.ids = torch.stack([drafter.draft_token_ids for drafter in drafters])
-        rows = self.ids.to(head.weight.device)
-        self.weight = head.weight.detach()[rows].to(self.device, self.dtype)
-        if getattr(head, "bias", None) is not None:
-            self.bias = head.bias.detach()[rows][:, None].to(self.device, self.dtype)
+    keeps_weights = False
+    """Whether it holds copies of weights, which may change."""
 
+    def __init__(self, drafters: Sequence[FeatureDrafter]) -> None:
+        self.vocab_size = drafters[0].config.vocab_size
+        self.ids: torch.Tensor | None = None  # (D, scored) int64; None where all are scored
+        if drafters[0].draft_token_ids is not None:
+            self.ids = torch.stack([drafter.draft_token_ids for drafter in drafters])
+
+    @abstractmethod
     def row(self, row: int) -> DraftHead:
         """The head of one of the drafters."""
-        one = copy.copy(self)
-        for name in ("ids", "weight", "bias"):
-            if (value := getattr(self, name)) is not None:
-                setattr(one, name, value[row : row + 1])
-        return one
 
+    @abstractmethod
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, n, scored), of the head's dtype, from (B, n, hidden); with one drafter, any B."""
-        # Of a slice with three dimensions torch would make a batched product, and copy the weight.
-        flat = hidden.flatten(0, 1)
-        if self.full is not None:
-            weight = self.full.weight
-            logits = self.full(flat.to(weight.device, weight.dtype)).to(self.device)
-            return logits.view(*hidden.shape[:2], -1)
-        if len(self.weight) == 1:
-            bias = None if self.bias is None else self.bias[0, 0]
-            return F.linear(flat, self.weight[0], bias).view(*hidden.shape[:2], -1)
-        logits = torch.bmm(hidden, self.weight.transpose(1, 2))
-        return logits if self.bias is None else logits + self.bias
 
     def token_ids(self, scored: torch.Tensor) -> torch.Tensor:
         """Token ids (B, n, k) of positions among the scored tokens."""
@@ -82,12 +60,81 @@ class DraftHead:
         return full.scatter_(2, self.ids[:, None].expand_as(probabilities), probabilities)
 
 
-def kept_head(drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> DraftHead:
-    """[`DraftHead`], made once for these models and again when their weights have changed."""
+class TargetHead(DraftHead):
+    """The target's LM head over the tokens that each drafter scores.
+
+    Args:
+        drafters: with equal [`stacking_key`]s.
+        target: whose head it is.
+    """
+
+    def __init__(self, drafters: Sequence[FeatureDrafter], target: PreTrainedModel) -> None:
+        super().__init__(drafters)
+        self.device, self.dtype = drafters[0].device, drafters[0].dtype
+        head = target.get_output_embeddings()
+        self.full: nn.Module | None = None  # the whole head, where all tokens are scored
+        self.weight: torch.Tensor | None = None  # (D, scored, hidden)
+        self.bias: torch.Tensor | None = None  # (D, 1, scored)
+        if self.ids is None:
+            self.full = head
+            return
+        rows = self.ids.to(head.weight.device)
+        self.weight = head.weight.detach()[rows].to(self.device, self.dtype)
+        if getattr(head, "bias", None) is not None:
+            self.bias = head.bias.detach()[rows][:, None].to(self.device, self.dtype)
+
+    @property
+    def keeps_weights(self) -> bool:
+        return self.full is None
+
+    def row(self, row: int) -> TargetHead:
+        one = copy.copy(self)
+        for name in ("ids", "weight", "bias"):
+            if (value := getattr(self, name)) is not None:
+                setattr(one, name, value[row : row + 1])
+        return one
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        # Of a slice with three dimensions torch would make a batched product, and copy the weight.
+        flat = hidden.flatten(0, 1)
+        if self.full is not None:
+            weight = self.full.weight
+            logits = self.full(flat.to(weight.device, weight.dtype)).to(self.device)
+            return logits.view(*hidden.shape[:2], -1)
+        if len(self.weight) == 1:
+            bias = None if self.bias is None else self.bias[0, 0]
+            return F.linear(flat, self.weight[0], bias).view(*hidden.shape[:2], -1)
+        logits = torch.bmm(hidden, self.weight.transpose(1, 2))
+        return logits if self.bias is None else logits + self.bias
+
+
+class OwnHead(DraftHead):
+    """The drafters' own heads.
+
+    Args:
+        drafters: with equal [`stacking_key`]s.
+    """
+
+    def __init__(self, drafters: Sequence[FeatureDrafter]) -> None:
+        super().__init__(drafters)
+        self._drafters = drafters
+        self._module = drafters[0] if len(drafters) == 1 else kept_stack(drafters)
+
+    def row(self, row: int) -> OwnHead:
+        return OwnHead([self._drafters[row]])
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._module.scores(hidden)
+
+
+def kept_head(drafters: Sequence[FeatureDrafter], target: PreTrainedModel) -> DraftHead:
+    """The drafters' head; one with copies is made once, and again when weights have changed."""
+    if drafters[0].has_own_head:
+        return OwnHead(drafters)
     if drafters[0].draft_token_ids is None:
-        return DraftHead(drafters, target)
+        return TargetHead(drafters, target)
     head = target.get_output_embeddings()
-    return keep("head", [*drafters, head], lambda: DraftHead(drafters, target))
+    return keep("head", [*drafters, head], lambda: TargetHead(drafters, target))
 
 
 def expand(

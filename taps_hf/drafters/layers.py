@@ -59,7 +59,7 @@ _SIBLINGS = {
     "qwen3_moe": "qwen3",
     "solar_open": "llama",
 }
-_ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
 def layer_config(config: PretrainedConfig, dense: bool = True) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _sibling(config: PretrainedConfig) -> dict[str, Any]:
     if kind == "llama" and isinstance(rope := fields.get("rope_parameters"), dict):
         rope.pop("partial_rotary_factor", None)  # Llama's attention rotates whole heads
     if "moe_intermediate_size" not in every:  # then `intermediate_size` is one expert's
-        active = next((every[name] for name in _ACTIVE_EXPERTS if every.get(name)), 1)
+        active = next((every[name] for name in ACTIVE_EXPERTS if every.get(name)), 1)
         active = max(active) if isinstance(active, list) else active
         fields["intermediate_size"] = config.intermediate_size * active
     return fields

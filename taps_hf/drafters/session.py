@@ -1,4 +1,4 @@
-"""Feature drafters (EAGLE-2, HASS) during generations: caches, context, and growing their trees."""
+"""Feature drafters (EAGLE-2, HASS, EAGLE-3) during generations: context, and growing trees."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..cache import InPlaceCache
 from ..masks import additive
-from ..target import LAST
 from ..trees.growth import Expansion, assemble
 from ..trees.tree import DraftTree
 from .base import DrafterSession, DraftRequest
@@ -19,7 +18,7 @@ from .heads import DraftHead, expand, kept_head
 from .stacking import kept_stack, state_of
 
 if TYPE_CHECKING:
-    from .modeling_eagle import EagleDrafter
+    from .modeling_feature import FeatureDrafter
 
 
 class EagleSession(DrafterSession):
@@ -33,13 +32,13 @@ class EagleSession(DrafterSession):
 
     Args:
         drafters: one, or several that [`Drafter.runs_as_one`] says can.
-        target: the target whose embedding and LM head they use.
+        target: the target whose embedding they use, and its LM head if they have none.
 
     Raises:
         ValueError: for several drafters that cannot be stacked.
     """
 
-    def __init__(self, drafters: Sequence[EagleDrafter], target: PreTrainedModel) -> None:
+    def __init__(self, drafters: Sequence[FeatureDrafter], target: PreTrainedModel) -> None:
         self.drafters = tuple(drafters)
         first = self.drafters[0]
         self.device, self.dtype = first.device, first.dtype
@@ -75,7 +74,7 @@ class EagleSession(DrafterSession):
         if self._state() != self._began_as or self._module() is not self._all.module:
             return False
         head = self._all.head
-        return head.full is not None or kept_head(self.drafters, self._target) is head
+        return not head.keeps_weights or kept_head(self.drafters, self._target) is head
 
     @property
     def num_slots(self) -> int:
@@ -83,8 +82,9 @@ class EagleSession(DrafterSession):
         return self._all.cache.length + sum(len(tokens) for tokens, _ in self._pending)
 
     def observe(self, tokens: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
-        features = states.get(LAST)
-        if features is not None and len(features):
+        found = [states[layer] for layer in self.drafters[0].reads_layers if layer in states]
+        if found and len(found[0]):
+            features = torch.cat([one.to(found[0].device) for one in found], dim=-1)
             self._pending.append((tokens[-len(features) :], features))
 
     def forget(self, count: int) -> bool:
@@ -154,7 +154,7 @@ class EagleSession(DrafterSession):
         embeds = self._embedding(tokens.to(self._embedding.weight.device))
         return runner.module(
             inputs_embeds=embeds.to(self.device, self.dtype),
-            features=features.to(self.dtype),
+            features=features,
             attention_mask=mask,
             position_ids=positions[None],
             past_key_values=runner.cache.cache,
@@ -194,8 +194,13 @@ class _Growth:
         tokens = torch.cat([tokens.to(device) for tokens, _ in new])
         features = torch.cat([features.to(device) for _, features in new])
         positions = torch.arange(self._past - len(tokens), self._past, device=device)
+        features = features.to(self._session.dtype).expand(rows, -1, -1)
         hidden = self._session.forward(
-            self._runner, tokens.expand(rows, -1), features.expand(rows, -1, -1), positions, None
+            self._runner,
+            tokens.expand(rows, -1),
+            self._runner.module.fuse(features),
+            positions,
+            None,
         )
         return hidden[:, -1:]
 

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from ..masks import additive
 
 if TYPE_CHECKING:
-    from .modeling_eagle import EagleDrafter
+    from .modeling_feature import FeatureDrafter
 
 _Made = TypeVar("_Made")
 
@@ -127,7 +127,7 @@ def _alike(modules: Sequence[nn.Module], are_drafters: bool = False) -> bool:
     return True
 
 
-def stack(drafters: Sequence[EagleDrafter]) -> nn.Module:
+def stack(drafters: Sequence[FeatureDrafter]) -> nn.Module:
     """A module that is called as a drafter is and runs drafter d on row d of the batch.
 
     It holds a copy of the drafters' linear layers as they are now.
@@ -138,16 +138,20 @@ def stack(drafters: Sequence[EagleDrafter]) -> nn.Module:
     return _stacked(drafters)
 
 
-def _agrees(stacked: nn.Module, drafters: Sequence[EagleDrafter]) -> bool:
+def _agrees(stacked: nn.Module, drafters: Sequence[FeatureDrafter]) -> bool:
     """Whether a stack computes what its drafters do: on a context, then on two nodes of a tree."""
     first = drafters[0]
     width, device, dtype = first.config.hidden_size, first.device, first.dtype
     generator = torch.Generator().manual_seed(0)
     count = len(drafters)
     slots, nodes = count + 1, count + 2  # no dimension is as long as another by chance
+    # The target's features for the context, predictions for the nodes.
     runs = [
-        torch.randn(2, count, n, width, generator=generator).to(device, dtype)
-        for n in (slots, nodes)
+        [
+            torch.randn(count, n, size, generator=generator).to(device, dtype)
+            for size in (width, read)
+        ]
+        for n, read in ((slots, first.feature_size), (nodes, width))
     ]
     mask = torch.cat([torch.ones(nodes, slots), torch.eye(nodes)], dim=1).bool()[None, None]
     mask = mask.to(device)
@@ -160,16 +164,20 @@ def _agrees(stacked: nn.Module, drafters: Sequence[EagleDrafter]) -> bool:
         cache = DynamicCache(config=first.trunk.config)
         found = []
         for (embeds, features), at, seen in zip(runs, positions, (None, mask)):
+            read = features[rows]
             found.append(
                 module(
                     inputs_embeds=embeds[rows],
-                    features=features[rows],
+                    features=read if found else module.fuse(read),
                     attention_mask=seen,
                     position_ids=at[None].to(device),
                     past_key_values=cache,
                 ).last_hidden_state
             )
-        return torch.cat(found, dim=1).float()
+        hidden = torch.cat(found, dim=1)
+        if first.has_own_head:
+            hidden = torch.cat([hidden, module.scores(hidden)], dim=2)
+        return hidden.float()
 
     try:
         together = run(stacked, slice(None))
@@ -186,13 +194,12 @@ def _agrees(stacked: nn.Module, drafters: Sequence[EagleDrafter]) -> bool:
     return bool((error <= bound).all())
 
 
-def stacking_key(drafter: EagleDrafter) -> tuple[object, ...]:
+def stacking_key(drafter: FeatureDrafter) -> tuple[object, ...]:
     """Only drafters with equal keys can be stacked."""
     config = drafter.config
     return (
         repr(sorted(config.layer_config.items())),
-        config.fc_bias,
-        config.input_norm,
+        repr([getattr(config, name) for name in config.shape_fields]),
         config.draft_vocab_size,
         drafter.trunk.config._attn_implementation,
         drafter.dtype,
@@ -222,7 +229,7 @@ _SAMPLE = 1024
 _lock = threading.Lock()
 
 
-def kept_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
+def kept_stack(drafters: Sequence[FeatureDrafter]) -> nn.Module | None:
     """[`stack`], made once for these drafters and again when their weights have changed.
 
     Returns:
@@ -232,7 +239,7 @@ def kept_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _tried_stack(drafters: Sequence[EagleDrafter]) -> nn.Module | None:
+def _tried_stack(drafters: Sequence[FeatureDrafter]) -> nn.Module | None:
     if not _alike(drafters, are_drafters=True):
         return None
     stacked = stack(drafters)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import COUNT, NOT_NEGATIVE, SEED, check_numbers
 from ..files import check_begun, read_json, whole, write_json
+from ..target import LAST
 from ..training.features import features_of
 from ..training.regenerate import answer_batch, end_ids
 from .benchmarks import Question
@@ -226,7 +227,7 @@ def _answers(
         end_ids(target),
         options.temperature,
         generator,
-        True,
+        (LAST,),
     )
     return [
         (torch.tensor([*prompt, *answer.tokens]), len(prompt), answer.features)

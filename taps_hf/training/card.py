@@ -13,7 +13,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle3 import Eagle3Drafter
+from ..drafters.modeling_feature import FeatureDrafter
 from .conversations import DataSource
 from .objectives import get_objective
 from .options import TrainOptions
@@ -33,7 +34,7 @@ def provenance(device: torch.device) -> dict[str, str]:
     }
 
 
-def model_card(drafter: EagleDrafter, record: dict[str, Any]) -> ModelCard:
+def model_card(drafter: FeatureDrafter, record: dict[str, Any]) -> ModelCard:
     """The card of a drafter that was trained here.
 
     Args:
@@ -63,11 +64,11 @@ def model_card(drafter: EagleDrafter, record: dict[str, Any]) -> ModelCard:
 # {get_objective(options["objective"]).title} drafter for {target}
 
 A one-layer draft model ({millions:.1f} million parameters) for `taps-hf`, with which its target
-emits several tokens per pass; the text stays the target's own. It holds neither embedding nor LM
-head, and scores {scored:,} of the target's {config.vocab_size:,} tokens.
+emits several tokens per pass; the text stays the target's own. {_holds(drafter)},
+and scores {scored:,} of the target's {config.vocab_size:,} tokens.
 
     import taps_hf
-    drafter = taps_hf.EagleDrafter.from_pretrained("FOLDER OR HUB NAME")
+    drafter = taps_hf.{type(drafter).__name__}.from_pretrained("FOLDER OR HUB NAME")
     target.generate(**inputs, assistant_models=[drafter])
 
 ## Training
@@ -89,6 +90,13 @@ token is right; deep acceptance: how often the last one is, of the drafts right 
 {_measured(record["measured"])}
 """
     )
+
+
+def _holds(drafter: FeatureDrafter) -> str:
+    if isinstance(drafter, Eagle3Drafter):
+        layers = ", ".join(map(str, drafter.config.layer_ids))
+        return f"It reads the target's hidden states {layers}, has an LM head but no embedding"
+    return "It holds neither embedding nor LM head"
 
 
 def _recipe(options: dict[str, Any]) -> str:

@@ -6,11 +6,14 @@ import argparse
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from ..checks import check_device, set_threads
+from ..drafters.configuration_eagle3 import default_layer_ids
 from ..embedded import EMBEDDED_TARGET
 from ..files import check_begun
 from ..loading import EMBEDDED, check_frozen_target, load_target
+from ..target import LAST, check_layers
 from .conversations import DataReport, DataSource, read_mixture
 from .distributed import parting
 from .features import FeatureStore
@@ -35,6 +38,14 @@ def add_regenerate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines to write or continue")
     parser.add_argument(
         "--features", type=Path, metavar="FOLDER", help="also keep the features computed on the way"
+    )
+    parser.add_argument(
+        "--layer-ids",
+        type=int,
+        nargs="*",
+        metavar="L",
+        help="which of the target's hidden_states are kept too, for EAGLE-3 (without a number: of "
+        "n layers 2, n // 2, n - 3)",
     )
     parser.add_argument("--max-prompt-tokens", type=int, default=defaults.max_prompt_tokens)
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
@@ -72,6 +83,8 @@ def _regenerate(options: argparse.Namespace) -> None:
     check_answers(options.out)
     if options.features:
         check_begun(options.features, FeatureStore.MARKER)
+    elif options.layer_ids is not None:
+        raise ValueError("`layer_ids` is given, but no `features`; expected a folder to keep them.")
     report = DataReport()
     rows = read_mixture(sources, report, options.seed)
     dtype = getattr(torch, options.dtype)
@@ -80,11 +93,29 @@ def _regenerate(options: argparse.Namespace) -> None:
     store = None
     if options.features:
         width = target.config.get_text_config(decoder=True).hidden_size
-        store = FeatureStore(options.features, target.config.name_or_path, width)
+        layers = _layers(target, options.layer_ids)
+        store = FeatureStore(options.features, target.config.name_or_path, width, layers)
         longest = options.max_prompt_tokens + options.max_new_tokens
         print(f"Features take up to {store.check_room(longest) / 1e6:.1f} MB an answer.")
     report.merge(regenerate(target, tokenizer, rows, options.out, asked, store))
     print(report)
+
+
+def _layers(target: PreTrainedModel, layer_ids: list[int] | None) -> tuple[int, ...]:
+    """Whose states are kept: those of EAGLE-3's numbers, which count the embedding, and the last.
+
+    Raises:
+        ValueError: if the target has no such layers.
+    """
+    if layer_ids is None:
+        return (LAST,)
+    if not layer_ids:
+        layer_ids = default_layer_ids(target.config.get_text_config(decoder=True).num_hidden_layers)
+    if min(layer_ids) < 1:
+        raise ValueError(f"`layer_ids` is {layer_ids}, expected numbers from 1.")
+    layers = tuple(layer - 1 for layer in layer_ids)
+    check_layers(target, layers)
+    return (*layers, LAST)
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:

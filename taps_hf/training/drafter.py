@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.configuration_eagle import tokenizer_fingerprint
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_feature import FeatureDrafter
 from ..loading import load_drafter
 from .encoding import Example
 from .objectives import get_objective
 from .options import TrainOptions
-from .start import check_can_be_fitted
+from .start import check_can_be_fitted, check_can_copy_head
 from .trainer import frequent_tokens
 
 
@@ -23,7 +23,7 @@ def drafter_to_train(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-) -> EagleDrafter:
+) -> FeatureDrafter:
     """A drafter in float32 and in training mode, on the target's device.
 
     Args:
@@ -48,13 +48,18 @@ def _given_drafter(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tokens: torch.Tensor | None,
-) -> EagleDrafter:
-    path = options.init_from
+) -> FeatureDrafter:
+    path, objective = options.init_from, get_objective(options.objective)
     called = f"`init_from` ({path})"
     drafter = load_drafter(path, target, tokenizer, called=called, dtype=torch.float32)
-    asked = {"fc_bias": options.fc_bias, "input_norm": options.input_norm}
+    if not isinstance(drafter, objective.drafter_class):
+        raise ValueError(
+            f"{called} is a {type(drafter).__name__}, expected the "
+            f"{objective.drafter_class.__name__} that `objective` {options.objective} trains."
+        )
+    asked = _shape(options)
     found = {name: getattr(drafter.config, name) for name in asked}
-    if any(asked[name] and asked[name] != found[name] for name in asked):
+    if found != asked:
         raise ValueError(f"`init_from` is a drafter with {found}, but {asked} was asked for.")
     for name, value in _provenance(options).items():
         setattr(drafter.config, name, value)
@@ -68,23 +73,34 @@ def _new_drafter(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tokens: torch.Tensor | None,
-) -> EagleDrafter:
+) -> FeatureDrafter:
     torch.manual_seed(options.seed)
-    drafter = EagleDrafter.from_target(
+    kind = get_objective(options.objective).drafter_class
+    drafter = kind.from_target(
         target,
         draft_token_ids=tokens,
-        fc_bias=options.fc_bias,
-        input_norm=options.input_norm,
         target_name_or_path=target.config.name_or_path,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        **_shape(options),
         **_provenance(options),
     ).float()
     if options.start == "least_squares":
         check_can_be_fitted(drafter)
+    elif options.start == "target_head":
+        check_can_copy_head(target)
     return drafter
+
+
+def _shape(options: TrainOptions) -> dict[str, object]:
+    """What was asked for of the fields that shape its drafter."""
+    names = get_objective(options.objective).drafter_options
+    return {name: value for name in names if (value := getattr(options, name))}
 
 
 def _provenance(options: TrainOptions) -> dict[str, object]:
     """What its configuration says of this run."""
-    names = [str(Path(text).name) for text in options.data]
-    return {"backbone": get_objective(options.objective).backbone, "training_data": names}
+    objective = get_objective(options.objective)
+    found: dict[str, object] = {"training_data": [str(Path(text).name) for text in options.data]}
+    if not hasattr(objective.drafter_class.config_class, "backbone"):
+        found["backbone"] = objective.backbone  # several objectives train drafters of this kind
+    return found

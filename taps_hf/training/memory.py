@@ -7,23 +7,18 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from ..drafters.modeling_eagle import EagleDrafter
 from .encoding import Example
+from .objectives import DraftObjective
 
 
-def estimate_memory(
-    drafter: EagleDrafter,
-    examples: Sequence[Example],
-    batch_size: int,
-    steps: int,
-    scored_vocab: int,
-) -> int:
+def estimate_memory(objective: DraftObjective, examples: Sequence[Example], batch_size: int) -> int:
     """Bytes that training takes next to the target, by a rough count that errs upwards.
 
     Weights, gradients and AdamW's two moments in float32; per token of the largest batch the
-    activations of the one layer for every step; per scored token the target's distribution and, for
-    every step, logits, their logarithms and their gradient.
+    target's states and the activations of the one layer for every step; per scored token the
+    target's distribution and, for every step, logits, their logarithms and their gradient.
     """
+    drafter, steps = objective.drafter, objective.options.steps
     parameters = sum(parameter.numel() for parameter in drafter.parameters())
     largest = sorted((len(example.input_ids) for example in examples), reverse=True)[:batch_size]
     tokens = largest[0] * len(largest)
@@ -31,8 +26,9 @@ def estimate_memory(
     config = drafter.trunk.config
     wide = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", config.hidden_size)
     activations = tokens * wide * 4 * steps
-    logits = sum(answers) * scored_vocab * 4 * (2 + 3 * steps)
-    return 16 * parameters + activations + logits
+    states = tokens * len(objective.layers) * config.hidden_size * 6  # as they come, and as float32
+    logits = sum(answers) * drafter.num_scored_tokens * 4 * (2 + 3 * steps)
+    return 16 * parameters + activations + states + logits
 
 
 def check_memory(needed: int, device: torch.device) -> None:

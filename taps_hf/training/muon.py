@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+_HEAD = "lm_head.weight"
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` for parameters of two dimensions, `torch.optim.AdamW` for all others.
+    """`torch.optim.Muon` for matrices between hidden states, `torch.optim.AdamW` for all others.
+
+    The others are vectors, and an LM head: its rows belong to tokens, most of them rare, and are no
+    directions that should all learn alike.
 
     Muon makes the momentum of a matrix orthogonal before it is added, so that all its directions
     learn alike (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon). Its steps are scaled
     to the size of AdamW's (arXiv 2502.16982, section 2.2), so one learning rate serves both.
 
     Args:
-        parameters: of the drafter.
+        parameters: of the drafter, with their names.
         lr: learning rate.
         weight_decay: decoupled, of the matrices.
         beta2: of AdamW.
@@ -28,23 +33,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[tuple[str, nn.Parameter]],
         lr: float,
         weight_decay: float = 0.0,
         beta2: float = 0.95,
     ) -> None:
         check_muon()
-        trained = [p for p in parameters if p.requires_grad]
+        trained = [(name, p) for name, p in parameters if p.requires_grad]
+        matrices = [p for name, p in trained if p.ndim == 2 and not name.endswith(_HEAD)]
+        others = [p for name, p in trained if p.ndim != 2 or name.endswith(_HEAD)]
         self.parts = (
             torch.optim.Muon(
-                [p for p in trained if p.ndim == 2],
+                matrices,
                 lr=lr,
                 weight_decay=weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             ),
-            torch.optim.AdamW(
-                [p for p in trained if p.ndim != 2], lr=lr, betas=(0.9, beta2), weight_decay=0.0
-            ),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, beta2), weight_decay=0.0),
         )
         super().__init__(self._groups(), {})
         # The groups of both are the ones a learning rate schedule changes here.

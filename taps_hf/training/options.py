@@ -25,9 +25,8 @@ from .conversations import DataSource
 from .muon import check_muon
 from .objectives import ObjectiveOptions, get_objective, list_objectives
 
-# Of fields that take some texts only; what `objective` takes, its registry says.
+# Of fields that take some texts only; what `objective` takes, its registry says, and it `start`.
 _CHOICES = {
-    "start": ("random", "least_squares"),
     "optimizer": ("adamw", "muon"),
     "dtype": ("bfloat16", "float16", "float32"),
     "device": (None, "cpu", "cuda"),
@@ -38,6 +37,7 @@ _RANGES = {
     "eval_depth": COUNT,
     "max_length": Range(at_least=4),
     "draft_vocab": COUNT,
+    "layer_ids": COUNT,
     "epochs": Range(above=0),
     "max_steps": Range(at_least=-1),
     "batch_size": COUNT,
@@ -74,7 +74,10 @@ class TrainOptions:
     license: str | None = _option(None, "of the drafter, named in its card (as the Hub names it)")
     objective: str = _option("eagle", f"as published: {' or '.join(list_objectives())}")
     init_from: str | None = _option(None, "drafter to start from (HASS starts from EAGLE's)")
-    start: str = _option("random", "projection of a new drafter: random, or least_squares")
+    start: str = _option(
+        "random",
+        "a new drafter's weights: random, least_squares (eagle, hass), target_head (eagle3)",
+    )
     eval_data: list[str] = _option([], "more sources of which the held-out rows are measured")
     held_out: float = _option(0.02, "share of all rows, the same ones in every run, not trained on")
     eval_rows: int = _option(200, "held-out rows of each source that are measured")
@@ -83,13 +86,17 @@ class TrainOptions:
     draft_vocab: int | None = _option(None, "tokens the drafter scores: the answers' most frequent")
     input_norm: bool = _option(False, "normalise the layer's input, as EAGLE's checkpoints don't")
     fc_bias: bool = _option(False, "give the projection of [embedding; feature] a bias")
+    layer_ids: list[int] = _option(
+        [], "eagle3: which of the target's hidden_states are read (of n layers 2, n // 2, n - 3)"
+    )
     features: list[str] = _option([], "feature stores; the first is filled with what is missing")
-    steps: int | None = _option(None, "how deep is drafted in training (eagle 1, hass 3)")
-    regression_weight: float | None = _option(None, "of the feature regression (1.0)")
-    token_weight: float | None = _option(None, "of the cross-entropy (0.1)")
+    steps: int | None = _option(None, "how deep is drafted in training (eagle 1, hass 3, eagle3 7)")
+    decay: float | None = _option(None, "weight of a step, of the one before (1, eagle3 0.8)")
+    regression_weight: float | None = _option(None, "of the feature regression (1.0, eagle3 none)")
+    token_weight: float | None = _option(None, "of the cross-entropy (0.1, eagle3 1.0)")
     top_k_weight: float | None = _option(None, "of top-K distillation (eagle 0, hass 1.0)")
     top_k: int | None = _option(None, "K of top-K distillation (10)")
-    noise: float | None = _option(None, "half-width of the uniform noise on features (0.1)")
+    noise: float | None = _option(None, "half-width of uniform noise on features (0.1, eagle3 0)")
     epochs: float = _option(20.0, "passes over the data")
     max_steps: int = _option(-1, "optimiser steps, instead of epochs")
     batch_size: int = _option(2, "examples a device takes at once")
@@ -130,7 +137,23 @@ class TrainOptions:
         if self.max_steps == 0:
             raise ValueError("`max_steps` is 0, expected at least 1, or -1 for `epochs`.")
         self.objective_options()
+        self._check_drafter()
         self.sources()
+
+    def _check_drafter(self) -> None:
+        """Refuse what drafters of this objective cannot have."""
+        objective = get_objective(self.objective)
+        if self.start not in objective.starts:
+            raise ValueError(
+                f"`start` is {self.start!r}, expected {' or '.join(objective.starts)} for "
+                f"`objective` {self.objective}."
+            )
+        shaping = {name for known in list_objectives() for name in _shaping(known)}
+        for name in sorted(shaping - set(objective.drafter_options)):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is {value}, but drafters of `objective` {self.objective} have none."
+                )
 
     def objective_options(self) -> ObjectiveOptions:
         """The objective by its name, with what was changed."""
@@ -143,10 +166,16 @@ class TrainOptions:
         return [DataSource.parse(text) for text in self.data]
 
 
+def _shaping(objective: str) -> tuple[str, ...]:
+    """The options that shape an objective's drafters."""
+    return get_objective(objective).drafter_options
+
+
 def _check_type(name: str, value: Any, kind: Any) -> None:
     """Recipes are read from YAML, where `3e-5` is a text and `a.jsonl` no list."""
     if typing.get_origin(kind) is list:
-        right = isinstance(value, list) and all(isinstance(x, str) for x in value)
+        (entries,) = typing.get_args(kind)
+        right = isinstance(value, list) and all(type(x) is entries for x in value)
     elif float in (kind, *typing.get_args(kind)):
         right = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:

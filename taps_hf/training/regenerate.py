@@ -30,6 +30,7 @@ from ..files import (
     starts_like,
     write_json,
 )
+from ..target import LAST
 from .conversations import (
     DataReport,
     SourceRow,
@@ -39,7 +40,7 @@ from .conversations import (
     prompt_of,
 )
 from .encoding import encode_prompt
-from .features import FeatureStore
+from .features import FeatureStore, LayerStates
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Answer:
 
     Args:
         tokens: ids, ending with an end-of-sequence token unless the answer was cut.
-        features: (prompt + answer - 1, hidden) or None: the last hidden states of every token but
-            the last one, which was never read.
+        features: (prompt + answer - 1, layers x hidden) or None: the target's states of every
+            token but the last one, which was never read.
     """
 
     tokens: list[int]
@@ -64,7 +65,7 @@ def answer_batch(
     end_ids: set[int],
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-    keep_features: bool = False,
+    layers: Sequence[int] = (),
 ) -> list[Answer]:
     """Answer tokenised prompts together.
 
@@ -74,10 +75,17 @@ def answer_batch(
         end_ids: tokens that end an answer.
         temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
         generator: where random numbers come from, on the target's device.
-        keep_features: also return the features of prompts and answers.
+        layers: whose states of prompts and answers are returned, side by side in this order (see
+            [`features`]); none for no features.
+
+    Raises:
+        ValueError: if the target has no such layers.
     """
-    device = target.device
-    decoder, head = target.base_model, target.get_output_embeddings()
+    device, head = target.device, target.get_output_embeddings()
+    read = tuple(layers) if LAST in layers else (*layers, LAST)
+    decoder = LayerStates(target, read)
+    width = target.config.get_text_config(decoder=True).hidden_size
+    scored = slice(read.index(LAST) * width, (read.index(LAST) + 1) * width)
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     ids = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)], device=device)
@@ -88,23 +96,25 @@ def answer_batch(
     features: list[list[torch.Tensor]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt a row of the shrinking batch belongs to
     while True:
-        hidden = decoder(
+        states = decoder(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             **{CACHE: cache.cache},
-        ).last_hidden_state
-        tokens = _choose(head(hidden[:, -1]).float(), temperature, generator)
+        )
+        tokens = _choose(head(states[:, -1, scored]).float(), temperature, generator)
+        # Of all rows at once: a device would be waited for row by row.
+        kept_states = states[..., : len(layers) * width].to("cpu", copy=True) if layers else None
         going = []
         for row, token in enumerate(tokens.tolist()):
             index = rows[row]
             answer = answers[index]
             if answer and answer[-1] in end_ids:
                 continue  # ended, but still in the batch
-            if keep_features:
-                real = hidden[row, padding[index] :] if not answer else hidden[row]
-                features[index].append(real.to("cpu", copy=True))
+            if kept_states is not None:
+                first = 0 if answer else padding[index]
+                features[index].append(kept_states[row, first:])
             answer.append(token)
             if token not in end_ids:
                 going.append(row)
@@ -119,7 +129,7 @@ def answer_batch(
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [
-        Answer(answer, torch.cat(parts) if keep_features else None)
+        Answer(answer, torch.cat(parts) if layers else None)
         for answer, parts in zip(answers, features)
     ]
 
@@ -283,7 +293,7 @@ def _answer_chunk(
             end_ids,
             options.temperature,
             generator,
-            keep_features=store is not None,
+            () if store is None else store.layers,
         )
         answers.update(zip(batch, found))
     return [answers[i] for i in range(len(prompts))]

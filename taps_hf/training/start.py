@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle3 import Eagle3Drafter
 from .encoding import Example
 
 _SLOTS = 100_000  # that the projection is fitted to, at most
 _RIDGE = 1e-3  # penalty, in units of the inputs' variances
+# Families whose norm is x / rms(x) * weight.
+_PLAIN_NORMS = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
 
 
 @torch.no_grad()
@@ -37,6 +41,57 @@ def balance_inputs(
     embeds = embedding(tokens.to(drafter.device)).float()
     width = drafter.config.hidden_size
     drafter.fc.weight[:, :width] *= (features.std() / embeds.std()).to(drafter.device)
+
+
+@torch.no_grad()
+def balance_layers(
+    drafter: Eagle3Drafter,
+    examples: Sequence[Example],
+    features_of: Callable[[Example], torch.Tensor],
+) -> None:
+    """Scale an EAGLE-3 drafter's projection so that all it reads contributes alike, to a sum of 1.
+
+    A target's late layers have states many times larger than its early ones, and a few dimensions
+    with numbers many times larger than all others. What the layer adds to the projection is, at
+    first, of about size 1.
+
+    Args:
+        drafter: changed in place.
+        examples: what it will be trained on.
+        features_of: the target's states of an example's tokens but the last, (n - 1, layers x
+            hidden): those that the drafter reads, and maybe others after them.
+    """
+    read = torch.cat([features_of(example) for example in examples[:16]])
+    read = read[:, : drafter.fc.in_features].to(drafter.device).float()
+    if drafter.fc_norm is None and drafter.input_norm is None:
+        drafter.fc.weight /= read.std(dim=0).clamp(min=1e-6)
+    drafter.fc.weight /= drafter.fuse(read).std()
+
+
+@torch.no_grad()
+def copy_head(drafter: Eagle3Drafter, target: PreTrainedModel) -> None:
+    """Start an EAGLE-3 drafter's head, and the norm before it, as the target's.
+
+    Args:
+        drafter: changed in place; [`check_can_copy_head`] must have passed.
+        target: that it drafts for.
+    """
+    rows = target.get_output_embeddings().weight
+    if drafter.draft_token_ids is not None:
+        rows = rows[drafter.draft_token_ids.to(rows.device)]
+    drafter.lm_head.weight.copy_(rows)
+    drafter.norm.weight.copy_(target.base_model.norm.weight)
+
+
+def check_can_copy_head(target: PreTrainedModel) -> None:
+    """Raise `ValueError` unless the target's final norm is of the drafter's kind."""
+    norm = getattr(target.base_model, "norm", None)
+    # Gemma's weights, for one, are what is added to 1.
+    if type(norm).__name__.removesuffix("RMSNorm") not in _PLAIN_NORMS:
+        raise ValueError(
+            f"`start` is 'target_head', but the target's final norm is a {type(norm).__name__}, "
+            "which is no drafter's; expected 'random'."
+        )
 
 
 def check_can_be_fitted(drafter: EagleDrafter) -> None:

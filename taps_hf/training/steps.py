@@ -12,13 +12,18 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_feature import FeatureDrafter
+from ..masks import additive
 
 IGNORED = -100  # label of a token that no drafter is asked to foresee
 
 
 def harmonised_steps(
-    drafter: EagleDrafter, embeds: torch.Tensor, features: torch.Tensor, steps: int
+    drafter: FeatureDrafter,
+    embeds: torch.Tensor,
+    features: torch.Tensor,
+    steps: int,
+    cut: bool = True,
 ) -> Iterator[torch.Tensor]:
     """Predictions when drafting 1, 2, ... `steps` tokens deep, at every slot at once.
 
@@ -26,17 +31,17 @@ def harmonised_steps(
     true features up to slot p - j + 1 and follows the true tokens. It reads its own prediction
     from step j - 1 at slot p - 1; its attention sees true slots up to p - j + 1, and behind them
     the slot p - j + i of each step i < j: the slots that chain would have left in the cache
-    (HASS, harmonised context alignment). Every step's slots are appended to one key-value cache
-    and a mask picks among them, so this runs the modules that drafting runs. The authors' training
-    code instead multiplies attention logits by 0 or 1 and masks again after the softmax without
-    normalising anew; inference does neither.
-
-    As there, gradients do not flow through the features handed from step to step.
+    (HASS's harmonised context alignment, EAGLE-3's training-time test). Every step's slots are
+    appended to one key-value cache and a mask picks among them, so this runs the modules that
+    drafting runs. HASS's own code instead multiplies attention logits by 0 or 1 and masks again
+    after the softmax without normalising anew; inference does neither.
 
     Args:
         embeds: (batch, slots, hidden): embeddings of the next tokens.
         features: (batch, slots, hidden): true features.
         steps: how deep.
+        cut: whether gradients end at the features handed from step to step, as in HASS, where those
+            are told what they should be. In EAGLE-3 only what follows from them tells.
 
     Yields:
         (batch, slots, hidden) for each step. The first j - 1 slots of step j start no chain.
@@ -48,18 +53,12 @@ def harmonised_steps(
         return
     cache = DynamicCache(config=drafter.trunk.config)
     positions = torch.arange(slots, device=device)[None].expand(batch, -1)
-    query = torch.arange(slots, device=device)[:, None]
-    key = torch.arange(slots, device=device)[None]
+    behind = positions[0] - positions[0, :, None]  # where a key stands, seen from a query
     inputs = features
     for step in range(1, steps + 1):
-        mask = None  # causal
-        if step > 1:
-            visible = [key <= query - step + 1]
-            visible += [key == query - step + i for i in range(2, step + 1)]
-            mask = torch.cat(visible, dim=1)[None, None].expand(batch, 1, -1, -1)
-            if drafter.trunk.config._attn_implementation == "eager":
-                lowest = torch.finfo(embeds.dtype).min
-                mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, lowest)
+        mask = None if step == 1 else _visible(behind, step)  # at first plainly causal
+        if mask is not None and drafter.trunk.config._attn_implementation == "eager":
+            mask = additive(mask, embeds.dtype)
         hidden = drafter(
             inputs_embeds=embeds,
             features=inputs,
@@ -68,7 +67,22 @@ def harmonised_steps(
             past_key_values=cache,
         ).last_hidden_state
         yield hidden
-        inputs = torch.cat([features[:, :1], hidden[:, :-1].detach().to(features.dtype)], dim=1)
+        handed = hidden[:, :-1].detach() if cut else hidden[:, :-1]
+        inputs = torch.cat([features[:, :1], handed.to(features.dtype)], dim=1)
+
+
+def _visible(behind: torch.Tensor, step: int) -> torch.Tensor:
+    """(1, 1, slots, step x slots) bool: which slots of the steps so far a step's slots look at.
+
+    Args:
+        behind: (slots, slots): key minus query.
+        step: from 2.
+    """
+    # Of step i only the slot that lies step - i back, of the first one all slots up to there.
+    offsets = torch.arange(1 - step, 1, device=behind.device)
+    visible = behind[:, None] == offsets[:, None]
+    visible[:, 0] = behind <= 1 - step
+    return visible.flatten(1)[None, None]
 
 
 def scored_slots(labels: torch.Tensor, steps: int) -> list[torch.Tensor]:

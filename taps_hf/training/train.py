@@ -13,7 +13,8 @@ import torch
 from transformers import TrainingArguments
 
 from ..checks import set_threads
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle3 import Eagle3Drafter
+from ..drafters.modeling_feature import FeatureDrafter
 from ..files import ResultFolder, hold, read_json, write_json
 from ..loading import check_frozen_target, load_target
 from .card import model_card, provenance
@@ -27,7 +28,7 @@ from .objectives import DraftObjective, FrozenTarget, get_objective
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
 from .rows import TrainingRows
-from .start import balance_inputs, fit_projection
+from .start import balance_inputs, balance_layers, copy_head, fit_projection
 from .trainer import DrafterTrainer, ExampleDataset, coverage
 
 _MEASURES = ("top_1", "deep_acceptance", "accepted_length", "chains")
@@ -80,7 +81,7 @@ def _run(
     if options.features:
         with arguments.main_process_first(local=False, desc="features"):
             known = [x.input_ids[:-1] for x in chain(examples, *held_out.values())]
-            stores = filled_stores(options.features, target, known)
+            stores = filled_stores(options.features, target, known, objective.layers)
     if options.init_from is None:
         say(_start(options, objective, examples, stores))
     trainer = _trainer(
@@ -130,9 +131,7 @@ def _expected(
         for name, rows in held_out.items():
             covered = f"{coverage(rows, tokens):.2%} of {name}'s held-out answers"
             said.append(f"draft vocabulary of {len(tokens)}: {covered}")
-    scored_vocab = len(objective.frozen.head_weight)
-    steps = objective.options.steps
-    needed = estimate_memory(drafter, examples, options.batch_size, steps, scored_vocab)
+    needed = estimate_memory(objective, examples, options.batch_size)
     check_memory(needed, drafter.device)
     said.append(f"about {needed / 1e9:.1f} GB of memory next to the target")
     return said
@@ -145,12 +144,17 @@ def _start(
     stores: Sequence[FeatureStore],
 ) -> str:
     """Give a new drafter the weights it starts with; what there is to say of them."""
-    frozen = objective.frozen
+    frozen, drafter = objective.frozen, objective.drafter
 
     def read(example: Example) -> torch.Tensor:
-        return known_features(frozen.model, stores, example.input_ids[:-1])
+        return known_features(frozen.model, stores, example.input_ids[:-1], objective.layers)
 
-    given = (objective.drafter, frozen.embedding, examples, read)
+    if isinstance(drafter, Eagle3Drafter):
+        balance_layers(drafter, examples, read)
+        if options.start == "target_head":
+            copy_head(drafter, frozen.model)
+        return f"the drafter starts at random, with inputs of like size; its head: {options.start}"
+    given = (drafter, frozen.embedding, examples, read)
     if options.start == "least_squares":
         return f"the projection explains {fit_projection(*given):.1%} of the features' variance"
     balance_inputs(*given)
@@ -166,22 +170,25 @@ def _trainer(
     stores: Sequence[FeatureStore],
 ) -> DrafterTrainer:
     """The loop, with the optimiser that was asked for."""
+    layers = objective.layers
     optimizer = None  # Trainer's own: AdamW
     if options.optimizer == "muon":
         shared = (options.learning_rate, options.weight_decay, options.beta2)
-        optimizer = MuonWithAdamW(objective.drafter.parameters(), *shared)
+        optimizer = MuonWithAdamW(objective.drafter.named_parameters(), *shared)
     arguments.eval_steps = arguments.save_steps = _interval(options, arguments, len(examples))
     return DrafterTrainer(
         model=objective,
         args=arguments,
-        train_dataset=ExampleDataset(examples, stores),
-        eval_dataset={name: ExampleDataset(rows, stores) for name, rows in held_out.items()},
+        train_dataset=ExampleDataset(examples, stores, layers),
+        eval_dataset={
+            name: ExampleDataset(rows, stores, layers) for name, rows in held_out.items()
+        },
         optimizers=(optimizer, None),
     )
 
 
 def _write(
-    drafter: EagleDrafter, record: dict[str, object], result: ResultFolder, work: Path
+    drafter: FeatureDrafter, record: dict[str, object], result: ResultFolder, work: Path
 ) -> None:
     """Write the drafter with its card, and the record of the run beside the checkpoints."""
     with result.writing() as folder:
@@ -192,6 +199,7 @@ def _write(
 
 def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
     first = Path(options.sources()[0].name).name
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=options.epochs,
@@ -206,7 +214,7 @@ def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
         adam_beta2=options.beta2,
         max_grad_norm=options.clip,
         bf16=options.mixed_precision,
-        use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=on_cpu,
         eval_strategy="steps",
         save_strategy="steps",
         save_total_limit=2,
@@ -214,6 +222,9 @@ def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
         metric_for_best_model=f"eval_{first}_accepted_length",
         greater_is_better=True,
         logging_steps=20,
+        # Both would have the host wait for the device at every step.
+        logging_nan_inf_filter=False,
+        accelerator_config={"non_blocking": not on_cpu},
         report_to=options.report_to,
         remove_unused_columns=False,
         label_names=["labels"],

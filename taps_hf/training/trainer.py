@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer
 
+from ..target import LAST
 from .encoding import Example
 from .features import FeatureStore
 from .objectives import DraftObjective
-from .steps import IGNORED
+from .steps import IGNORED, scored_slots
 
 
 class ExampleDataset(Dataset):
@@ -24,35 +25,52 @@ class ExampleDataset(Dataset):
     Args:
         examples: what to train on.
         stores: where features are looked up, in this order; none to have them computed.
+        layers: whose states the features are.
     """
 
-    def __init__(self, examples: Sequence[Example], stores: Sequence[FeatureStore] = ()) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        stores: Sequence[FeatureStore] = (),
+        layers: Sequence[int] = (LAST,),
+    ) -> None:
         self.examples = list(examples)
         self.stores = tuple(stores)
+        self.layers = tuple(layers)
+        # Made once: they are wanted in every epoch, between two steps of a device.
+        self._tokens = [_tokens_and_labels(example) for example in self.examples]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        example = self.examples[index]
-        ids = torch.tensor(example.input_ids)
-        labels = ids.where(torch.tensor(example.is_answer), IGNORED)
-        labels[:2] = IGNORED  # nothing precedes them that a drafter could read
+        ids, labels = self._tokens[index]
         item = {"input_ids": ids, "labels": labels}
         if self.stores:
-            known = example.input_ids[:-1]  # nobody reads the last token's feature
+            known = self.examples[index].input_ids[:-1]  # nobody reads the last token's feature
             store = next(store for store in self.stores if known in store)
-            item["features"] = store.read(known)
+            item["features"] = store.read(known, self.layers)
         return item
 
 
+def _tokens_and_labels(example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor(example.input_ids)
+    labels = ids.where(torch.tensor(example.is_answer), IGNORED)
+    labels[:2] = IGNORED  # nothing precedes them that a drafter could read
+    return ids, labels
+
+
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pad items on the right to the longest."""
+    """Pad items on the right to the longest, and say which slots are scored.
+
+    The latter here, where it costs nothing: on a device it would have to be waited for.
+    """
     paddings = {"input_ids": 0, "labels": IGNORED, "features": 0.0}
-    return {
+    batch = {
         name: pad_sequence([item[name] for item in items], True, paddings[name])
         for name in items[0]
     }
+    return {**batch, "slots": scored_slots(batch["labels"], 1)[0].flatten().nonzero()[:, 0]}
 
 
 class LengthSampler(Sampler[int]):

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 
 import pytest
 import torch
 
-from taps_hf.training.features import FeatureStore, features_of, fill_store
+from taps_hf.target import LAST
+from taps_hf.training.features import FeatureStore, features_of, fill_store, known_features
 
 from ..tiny import FAMILIES, prompt, tiny_target
 
@@ -41,14 +43,61 @@ def test_a_filled_store_gives_each_row_its_own_features(tmp_path):
         store.read((1, 2))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_states_of_several_layers_lie_side_by_side(family):
+    target = tiny_target(family)
+    ids = torch.tensor([ROWS[1], ROWS[1]])
+    states = target(ids, output_hidden_states=True).hidden_states
+    found = features_of(target, ids, layers=(0, LAST))
+    torch.testing.assert_close(found, torch.cat([states[1], states[-1]], dim=2))
+    found = features_of(target, ids, layers=(LAST, 0))
+    torch.testing.assert_close(found, torch.cat([states[-1], states[1]], dim=2))
+    assert not target.base_model._forward_hooks
+    with pytest.raises(ValueError, match=r"read the target's layers \[7\], expected 0 to"):
+        features_of(target, ids, layers=(7,))
+
+
+def test_a_store_of_several_layers_gives_those_that_are_asked_for(tmp_path):
+    target = tiny_target()
+    store = FeatureStore(tmp_path, "tiny", WIDTH, (1, LAST))
+    fill_store(store, target, ROWS)
+    fewer = store_in(tmp_path)  # of the last states, which it has too
+    assert fewer.layers == store.layers == (1, LAST)
+    for ids in ROWS:
+        both = features_of(target, torch.tensor([ids]), layers=(1, LAST))[0].bfloat16()
+        torch.testing.assert_close(fewer.read(ids), both, rtol=2e-2, atol=2e-2)
+        assert fewer.read(ids, (LAST,)).equal(fewer.read(ids)[:, WIDTH:])
+        assert fewer.read(ids, (LAST, 1)).equal(fewer.read(ids).roll(WIDTH, dims=1))
+        assert known_features(target, [fewer], ids).equal(fewer.read(ids, (LAST,)))
+    new = tuple(range(3))
+    del store
+    gc.collect()
+    fill_store(fewer, target, [new])  # goes on with what it holds
+    assert fewer.read(new).shape == (3, 2 * WIDTH)
+    with pytest.raises(ValueError, match=r"layers \[1, -1\], expected .* layers \[0, -1\]"):
+        FeatureStore(tmp_path, "tiny", WIDTH, (0, LAST))
+
+
+def test_stores_of_earlier_versions_hold_the_last_states(tmp_path):
+    store = store_in(tmp_path)
+    fill_store(store, tiny_target(), ROWS[:2])
+    meta = tmp_path / "meta.json"
+    fields = json.loads(meta.read_text())
+    assert fields.pop("layers") == [LAST]
+    meta.write_text(json.dumps(fields))
+    again = store_in(tmp_path)
+    assert again.layers == (LAST,)
+    assert again.read(ROWS[0]).equal(store.read(ROWS[0]))
+
+
 def test_filling_goes_on_where_it_was(tmp_path, monkeypatch):
     store = store_in(tmp_path)
     fill_store(store, tiny_target(), ROWS[:2])
     passes = []
 
-    def noted(target, ids):
+    def noted(target, ids, **kwargs):
         passes.append(ids.shape)
-        return features_of(target, ids)
+        return features_of(target, ids, **kwargs)
 
     monkeypatch.setattr("taps_hf.training.features.features_of", noted)
     fill_store(store, tiny_target(), ROWS)

@@ -29,7 +29,7 @@ def learn(layers: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> 
 @needs_muon
 def test_matrices_take_orthogonal_steps_and_vectors_those_of_adamw(layers):
     start = copy.deepcopy(layers)
-    optimizer = MuonWithAdamW(layers.parameters(), lr=1e-2)
+    optimizer = MuonWithAdamW(layers.named_parameters(), lr=1e-2)
     learn(layers, optimizer, range(1))
     adamw = copy.deepcopy(start)
     reference = torch.optim.AdamW(adamw.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
@@ -50,10 +50,10 @@ def test_matrices_take_orthogonal_steps_and_vectors_those_of_adamw(layers):
 
 @needs_muon
 def test_it_goes_on_from_its_state(layers):
-    optimizer = MuonWithAdamW(layers.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = MuonWithAdamW(layers.named_parameters(), lr=1e-2, weight_decay=0.1)
     learn(layers, optimizer, range(3))
     resumed = copy.deepcopy(layers)
-    other = MuonWithAdamW(resumed.parameters(), lr=1.0)
+    other = MuonWithAdamW(resumed.named_parameters(), lr=1.0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     learn(layers, optimizer, range(3, 6))
     learn(resumed, other, range(3, 6))
@@ -63,7 +63,7 @@ def test_it_goes_on_from_its_state(layers):
 
 @needs_muon
 def test_a_schedule_reaches_both(layers):
-    optimizer = MuonWithAdamW(layers.parameters(), lr=1.0)
+    optimizer = MuonWithAdamW(layers.named_parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     start = copy.deepcopy(layers)
     learn(layers, optimizer, range(1))
@@ -83,3 +83,14 @@ def test_an_older_torch_is_told_so_before_work_starts(monkeypatch):
         TrainOptions(data=["a.jsonl"], out="x", optimizer="muon")
     with pytest.raises(ValueError, match="`optimizer` is 'sgd'"):
         TrainOptions(data=["a.jsonl"], out="x", optimizer="sgd")
+
+
+@needs_muon
+def test_a_head_is_left_to_adamw():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"fc": nn.Linear(4, 4, bias=False), "lm_head": nn.Linear(4, 9, bias=False)}
+    )
+    muon, adamw = MuonWithAdamW(model.named_parameters(), lr=1e-2).parts
+    assert muon.param_groups[0]["params"] == [model["fc"].weight]
+    assert adamw.param_groups[0]["params"] == [model["lm_head"].weight]

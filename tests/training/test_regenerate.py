@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from taps_hf.cli import main
+from taps_hf.target import LAST
 from taps_hf.training.conversations import DataReport, DataSource, SourceRow, read_mixture
 from taps_hf.training.encoding import encode_rows
 from taps_hf.training.features import FeatureStore, features_of
@@ -21,9 +22,10 @@ END = {2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate(family):
+@pytest.mark.parametrize("layers", [(LAST,), (0,), (1, LAST)])
+def test_greedy_answers_are_those_of_generate(family, layers):
     target = tiny_target(family)
-    found = answer_batch(target, PROMPTS, 15, END, keep_features=True)
+    found = answer_batch(target, PROMPTS, 15, END, layers=layers)
     lengths = set()
     for ids, answer in zip(PROMPTS, found):
         ids_tensor = torch.tensor([ids])
@@ -37,7 +39,7 @@ def test_greedy_answers_are_those_of_generate(family):
         )[0].tolist()
         assert [*ids, *answer.tokens] == plain
         lengths.add(len(answer.tokens))
-        expected = features_of(target, torch.tensor([plain[:-1]]))[0]
+        expected = features_of(target, torch.tensor([plain[:-1]]), layers=layers)[0]
         torch.testing.assert_close(answer.features.float(), expected, rtol=2e-2, atol=5e-2)
     assert family != "llama" or len(lengths) > 1  # rows did leave the batch
 
@@ -146,6 +148,27 @@ def test_runs_that_earlier_versions_began_go_on(questions, tmp_path, done):
     regenerate(*given, out, options)
     assert out.read_bytes() == whole.read_bytes()
     assert "sha256" in json.loads((tmp_path / "answers.jsonl.state.json").read_text())
+
+
+def test_the_command_keeps_the_states_that_eagle3_reads(questions, tmp_path, capsys):
+    target = tmp_path / "target"
+    tiny_target().save_pretrained(target)
+    chat_tokenizer(CHATML).save_pretrained(target)
+    given = ["regenerate", "--device", "cpu", "--target", str(target), "--data", questions.name]
+    given += ["--max-new-tokens", "3", "--out", str(tmp_path / "answers.jsonl"), "--layer-ids"]
+    store = ["--features", str(tmp_path / "features")]
+    for wrong, message in [
+        (["1"], "but no `features`"),
+        (["0", *store], r"`layer_ids` is [0], expected numbers from 1"),
+        (["3", *store], "layers [2], expected 0 to 1"),
+        (store, "has 2 layers, too few"),
+    ]:
+        assert main([*given, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*given, "1", "2", *store]) == 0
+    kept = FeatureStore(tmp_path / "features", str(target), 32, (LAST,))
+    assert kept.layers == (0, 1, LAST)
+    assert len(kept) > 0
 
 
 def test_bad_files_are_refused_before_a_model_is_loaded(questions, tmp_path, monkeypatch, capsys):

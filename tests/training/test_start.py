@@ -5,11 +5,18 @@ import copy
 import pytest
 import torch
 
-from taps_hf import EagleDrafter
+from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.training import start
 from taps_hf.training.encoding import Example
 from taps_hf.training.features import features_of
-from taps_hf.training.start import balance_inputs, check_can_be_fitted, fit_projection
+from taps_hf.training.start import (
+    balance_inputs,
+    balance_layers,
+    check_can_be_fitted,
+    check_can_copy_head,
+    copy_head,
+    fit_projection,
+)
 
 from ..tiny import tiny_target
 
@@ -98,3 +105,48 @@ def test_balanced_inputs_contribute_alike():
     token_part = embeds @ drafter.fc.weight[:, :width].T
     feature_part = feature @ drafter.fc.weight[:, width:].T
     assert float(token_part.std() / feature_part.std()) == pytest.approx(1, rel=0.5)
+
+
+def eagle3_of(target, **kwargs) -> Eagle3Drafter:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Eagle3Drafter.from_target(target, layer_ids=[1, 2], **kwargs).float()
+
+
+@pytest.mark.parametrize("norms", [{}, {"fc_norm": True}, {"norm_before_fc": True}])
+@torch.no_grad()
+def test_layers_contribute_alike_to_features_of_size_one(norms):
+    target, rows = tiny_target(), examples()
+    scales = torch.cat([torch.full((32,), 50.0), torch.ones(32), torch.ones(32)])
+    scales[40] = 300.0  # a dimension that would outweigh all others
+
+    def read(example: Example) -> torch.Tensor:
+        ids = torch.tensor([example.input_ids[:-1]])
+        return features_of(target, ids, layers=(0, 1, -1))[0] * scales
+
+    drafter = eagle3_of(target, **norms)
+    balance_layers(drafter, rows, read)
+    states = torch.cat([read(row) for row in rows[:16]])[:, :64]
+    assert float(drafter.fuse(states).std()) == pytest.approx(1, rel=1e-4)
+    if not norms:
+        parts = drafter.fc.weight[:, :, None] * states.T  # (hidden, read, slots)
+        sizes = parts.std(dim=2).mean(dim=0)
+        assert float(sizes.max() / sizes.min()) < 2
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 6])
+@torch.no_grad()
+def test_the_head_can_start_as_the_targets(draft_vocab):
+    target = copy.deepcopy(tiny_target("qwen3"))
+    target.model.norm.weight.uniform_(0.5, 2)
+    ids = None if draft_vocab is None else torch.tensor([3, 9, 1, 14, 7, 2])
+    drafter = eagle3_of(target, draft_token_ids=ids)
+    check_can_copy_head(target)
+    copy_head(drafter, target)
+    state = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    expected = target.lm_head(target.model.norm(state))
+    if ids is not None:
+        expected = expected[:, :, ids.sort().values]
+    torch.testing.assert_close(drafter.scores(state), expected)
+    with pytest.raises(ValueError, match=r"Gemma3RMSNorm, which is no drafter's"):
+        check_can_copy_head(tiny_target("gemma3_text"))

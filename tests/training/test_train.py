@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TrainerCallback
 
-from taps_hf import EagleDrafter
+from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.cli import main
 from taps_hf.training.encoding import Example
 from taps_hf.training.folders import last_checkpoint
@@ -270,6 +270,95 @@ def test_training_goes_on_from_a_drafter(options, tmp_path):
     assert len(EagleDrafter.from_pretrained(f"{tmp_path}/wider").draft_token_ids) == 11
 
 
+@pytest.fixture
+def eagle3(options) -> TrainOptions:
+    return replace(options, objective="eagle3", layer_ids=[1, 2], draft_vocab=12, steps=3)
+
+
+@pytest.mark.parametrize("start", ["random", "target_head"])
+def test_an_eagle3_drafter_gets_better_and_drafts(eagle3, folder, start, capsys):
+    measured = train(replace(eagle3, start=start, epochs=8))
+    drafter = AutoModel.from_pretrained(eagle3.out)
+    assert isinstance(drafter, Eagle3Drafter)
+    assert drafter.config.layer_ids == [1, 2]
+    assert drafter.config.training_data == ["math.jsonl"]
+    assert drafter.draft_token_ids.diff().min() > 0
+    assert len(drafter.draft_token_ids) == 12
+    work = Path(eagle3.out + ".checkpoints")
+    history = json.loads((work / f"checkpoint-{_steps(work)}/trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in history["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert measured["math.jsonl_accepted_length"] > 0
+    card = ModelCard.load(f"{eagle3.out}/README.md")
+    assert "eagle3" in card.data.tags
+    assert "# EAGLE-3 drafter for target" in card.text
+    assert "hidden states 1, 2" in card.text
+    assert "taps_hf.Eagle3Drafter.from_pretrained" in card.text
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    ids = torch.tensor([[3, 5, 6, 4]])
+    plain = target.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert target.generate(
+        ids, max_new_tokens=12, do_sample=False, pad_token_id=0, assistant_models=[drafter.float()]
+    ).equal(plain)
+
+
+def test_an_eagle3_run_with_a_store_ends_as_one_without(eagle3, tmp_path):
+    """Stopped in between, too; and EAGLE-2 reads its own part of that store."""
+    eagle3 = replace(eagle3, max_steps=8, evaluations=2)
+    train(eagle3)
+    stored = replace(eagle3, features=[str(tmp_path / "features")], out=str(tmp_path / "stored"))
+    train(stored)
+    expected, found = eagle3_weights(eagle3.out), eagle3_weights(stored.out)
+    for name, value in expected.items():  # a store keeps bfloat16
+        torch.testing.assert_close(found[name], value, rtol=5e-2, atol=3e-2)
+    before = (tmp_path / "features" / "features.bin").read_bytes()
+    train(replace(stored, objective="eagle", layer_ids=[], out=str(tmp_path / "eagle")))
+    assert (tmp_path / "features" / "features.bin").read_bytes() == before
+
+
+def eagle3_weights(folder) -> dict[str, torch.Tensor]:
+    return Eagle3Drafter.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
+def test_a_stopped_eagle3_run_ends_with_the_same_bits(eagle3, tmp_path, monkeypatch, optimizer):
+    eagle3 = replace(eagle3, max_steps=8, evaluations=4, optimizer=optimizer, start="target_head")
+    stopped = replace(eagle3, out=str(tmp_path / "stopped"))
+    train(eagle3)
+    from taps_hf.training import train as module
+
+    trainer = module.DrafterTrainer
+    monkeypatch.setattr(
+        module, "DrafterTrainer", lambda **kwargs: trainer(callbacks=[Stop(5)], **kwargs)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    monkeypatch.undo()
+    train(stopped)
+    expected, found = eagle3_weights(eagle3.out), eagle3_weights(stopped.out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_eagle3_goes_on_from_a_drafter(eagle3, options, tmp_path):
+    eagle3 = replace(eagle3, max_steps=3, evaluations=1)
+    train(eagle3)
+    more = replace(eagle3, init_from=eagle3.out, draft_vocab=None, learning_rate=1e-9)
+    train(replace(more, out=str(tmp_path / "more")))
+    found, expected = eagle3_weights(tmp_path / "more"), eagle3_weights(eagle3.out)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
+
+    def refused(message: str, **changes) -> None:
+        with pytest.raises(ValueError, match=message):
+            train(replace(more, out=str(tmp_path / "refused"), **changes))
+        shutil.rmtree(tmp_path / "refused.checkpoints")
+
+    refused("is a drafter with .*layer_ids", layer_ids=[2, 1])
+    refused("does not score", draft_vocab=16)
+    refused("is a Eagle3Drafter, expected the EagleDrafter", objective="eagle", layer_ids=[])
+    refused("too few for EAGLE-3", init_from=None, layer_ids=[])
+
+
 def test_a_fitted_start_is_where_training_begins(options, capsys):
     """Seen after a single step of hardly any size; what the fit is worth, test_start shows."""
     still = replace(options, max_steps=1, learning_rate=1e-9, fc_bias=True)
@@ -321,7 +410,7 @@ def test_two_processes_train_the_model_that_one_trains(options, folder, tmp_path
         assert done.stdout.count("wrote ") == 1
         found.append((weights(out), json.loads(_record(out))["measured"]))
     for name, value in found[0][0].items():
-        torch.testing.assert_close(found[1][0][name], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-2, atol=4e-3)
     assert found[0][1]["math.jsonl_chains"] == found[1][1]["math.jsonl_chains"]
 
 
@@ -347,7 +436,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.ya
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_our_recipes_can_be_read(recipe):
     found = train_options({"data": ["a.jsonl"], "out": "x"}, recipe)
-    assert found.objective in ("eagle", "hass")
+    assert found.objective in ("eagle", "hass", "eagle3")
 
 
 def test_targets_whose_logits_are_not_the_heads_are_refused(options, tmp_path):

@@ -46,6 +46,8 @@ def test_batches_are_padded_and_carry_features(tmp_path):
         [none, none, 7, 7, 8, 2],
         [none, none, 2, none, none, none],
     ]
+    # Laid flat, without the first two tokens of each row.
+    assert batch["slots"].tolist() == [0, 1, 4, 5, 6, 7, 8]
     for row, ids in zip(batch["features"], rows):
         expected = features_of(target, torch.tensor([ids]))[0].bfloat16()
         torch.testing.assert_close(row[: len(ids)], expected, rtol=2e-2, atol=2e-2)

@@ -8,12 +8,13 @@ from taps_hf import ChainTree, EagleDrafter, TreeShape
 from taps_hf.drafters.base import DraftRequest
 from taps_hf.drafters.configuration_eagle import BACKBONES
 from taps_hf.target import LAST
-from taps_hf.training import objectives
 from taps_hf.training.features import features_of
 from taps_hf.training.objectives import (
-    DraftObjective,
+    Eagle,
     FrozenTarget,
+    Hass,
     ObjectiveOptions,
+    base,
     get_objective,
     list_objectives,
     register_objective,
@@ -21,7 +22,7 @@ from taps_hf.training.objectives import (
 from taps_hf.training.options import TrainOptions
 from taps_hf.training.steps import IGNORED, accepted_chains, harmonised_steps, scored_slots
 
-from ..tiny import FAMILIES, prompt, tiny_drafters, tiny_target
+from ...tiny import FAMILIES, prompt, tiny_drafters, tiny_target
 
 
 def slots_of(target, ids):
@@ -125,8 +126,8 @@ def test_the_loss_is_what_the_papers_say(steps, draft_vocab):
     ids = prompt(12)
     labels = ids.clone()
     labels[:, :5] = labels[:, 9] = IGNORED
-    options = ObjectiveOptions(steps, 0.7, 0.2, 0.4, top_k=3, noise=0.0)
-    objective = DraftObjective(drafter, FrozenTarget(target, drafter), options).train()
+    options = ObjectiveOptions(steps, 1.0, 0.7, 0.2, 0.4, top_k=3, noise=0.0)
+    objective = Eagle(drafter, FrozenTarget(target, drafter), options).train()
     found = objective(ids, labels)
     expected = naive_losses(target, drafter, ids, labels, steps, top_k=3)
     for name, value in expected.items():
@@ -143,7 +144,7 @@ def test_the_loss_is_what_the_papers_say(steps, draft_vocab):
 def test_padding_changes_nothing():
     target, drafter = tiny_target(), tiny_drafters(1)[0]
     options = get_objective("hass").options_with(noise=0.0)
-    objective = DraftObjective(drafter, FrozenTarget(target, drafter), options).train()
+    objective = Eagle(drafter, FrozenTarget(target, drafter), options).train()
     ids = prompt(12)
     labels = ids.clone()
     labels[:, :4] = IGNORED
@@ -158,7 +159,7 @@ def test_padding_changes_nothing():
 def test_only_the_drafter_is_trained_and_kept():
     target, drafter = tiny_target(), tiny_drafters(1)[0]
     frozen = FrozenTarget(target, drafter)
-    objective = DraftObjective(drafter, frozen, get_objective("hass").options_with())
+    objective = Eagle(drafter, frozen, get_objective("hass").options_with())
     assert set(objective.state_dict()) == {f"drafter.{name}" for name in drafter.state_dict()}
     assert len(list(objective.parameters())) == len(list(drafter.parameters()))
     ids = prompt(9)
@@ -179,7 +180,7 @@ def test_noise_is_uniform_on_what_is_read_and_absent_in_evaluation(monkeypatch):
         return forward(self, inputs_embeds=inputs_embeds, features=features, **kwargs)
 
     monkeypatch.setattr(EagleDrafter, "forward", noted)
-    objective = DraftObjective(
+    objective = Eagle(
         drafter, FrozenTarget(target, drafter), ObjectiveOptions(noise=0.5), evaluation_depth=1
     )
     ids = prompt(60)
@@ -220,7 +221,7 @@ def test_evaluation_counts_what_drafting_would_have_had_accepted():
         )
     labels = ids.clone()
     labels[:, :3] = IGNORED
-    objective = DraftObjective(
+    objective = Eagle(
         drafter, FrozenTarget(target, drafter), ObjectiveOptions(), evaluation_depth=depth
     ).eval()
     counts = objective(ids, labels)["counts"][0].tolist()
@@ -250,22 +251,22 @@ def test_bad_options_are_refused(wrong, message):
 
 
 def test_published_objectives():
-    assert list_objectives() == ("eagle", "hass")
+    assert list_objectives() == ("eagle", "eagle3", "hass")
     assert get_objective("eagle").options_with() == ObjectiveOptions()
     hass = get_objective("hass").options_with(noise=0.3)
     assert (hass.steps, hass.top_k_weight, hass.top_k, hass.noise) == (3, 1.0, 10, 0.3)
-    for name in list_objectives():
+    for name in ("eagle", "hass"):
         assert get_objective(name).backbone in BACKBONES
-    with pytest.raises(ValueError, match="expected one of eagle, hass"):
+    with pytest.raises(ValueError, match="expected one of eagle, eagle3, hass"):
         get_objective("medusa")
 
 
 def test_an_objective_is_one_class(monkeypatch):
-    monkeypatch.setattr(objectives, "_REGISTRY", {**objectives._REGISTRY})
+    monkeypatch.setattr(base, "_REGISTRY", {**base._REGISTRY})
 
     @register_objective("deeper")
-    class Deeper(DraftObjective):
-        title, backbone, published = "Deeper", "hass", {"steps": 5}
+    class Deeper(Hass):
+        title, published = "Deeper", {"steps": 5}
 
     options = TrainOptions(data=["a.jsonl"], out="x", objective="deeper", noise=0.2)
     assert options.objective_options() == ObjectiveOptions(steps=5, noise=0.2)
