@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py --out docs/performance-gpu.md
 
-Three parts: a target of random weights in the shape of Llama-3-8B with two random drafters, of
-which hardly anything is ever accepted, so that what a cycle costs can be read off; the embedded
-target with real drafters, end to end; and training steps. `--shape tiny --device cpu` runs all of
-it where there is no GPU, to see that it runs.
+Parts: what is launched (`launches.py`); a target of random weights in the shape of Llama-3-8B with
+two random drafters, of which hardly anything is ever accepted, so that what a cycle costs can be
+read off; training steps; and the embedded target with real drafters, end to end. `--shape tiny
+--device cpu` runs all of it where there is no GPU, to see that it runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import decode
+import launches
 import torch
 import transformers
 from models import DRAFTERS
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, taps-hf "
         f"{taps_hf.__version__}; eager mode.\n\n    {command(argv, 'gpu.py')}"
     ]
-    for part in (_cycles, _end_to_end, _training):
+    for part in (_launches, _cycles, _training, _end_to_end):
         started = time.perf_counter()
         sections.append(part(options, device))
         print(
@@ -188,6 +189,11 @@ def _cost_of_cycles(
                 times.append(_now(device) - start)
             found[name].append((times[1] - times[0]) / cycles[name])
     return {name: statistics.median(values) for name, values in found.items()}, shares
+
+
+def _launches(_: argparse.Namespace, device: torch.device) -> str:
+    """`launches.py`."""
+    return "## What is launched\n\n" + launches.table(device)
 
 
 def _end_to_end(options: argparse.Namespace, device: torch.device) -> str:

@@ -7,6 +7,8 @@ import statistics
 
 import conversations
 import decode
+import gpu
+import launches
 import parts
 import pytest
 import settings
@@ -14,6 +16,8 @@ import torch
 from prompts import Prompt, read_prompts
 from results import HINDSIGHT, Figures, Results, Row, faster, interval, markdown, overall
 from variants import variants
+
+import taps_hf
 
 from .saved import save_tiny_models
 from .tiny import prompt, tiny_drafters, tiny_target
@@ -370,3 +374,37 @@ def test_second_turns_are_plain_generates(models, questions, capsys):
     assert [row[1] for row in rows] == 2 * ways
     assert all(float(row[2]) >= 1 for row in rows)
     assert all(row[-1] == "0 |" for row in rows)
+
+
+def test_operations_are_counted_without_those_that_do_nothing():
+    x = torch.ones(4, 4)
+    with launches.WorkCounter() as counter:
+        y = x.view(2, 8).T[:1] + 1  # only the sum does anything
+        y.add_(torch.empty_like(y))
+    assert counter.counts == {"add": 1, "add_": 1}
+
+
+def test_a_cycle_with_drafters_is_counted_by_its_parts(monkeypatch):
+    monkeypatch.setattr(launches, "LAYERS", 2)
+    target = launches.tiny_target(torch.device("cpu"))
+    drafter = taps_hf.EagleDrafter.from_target(target).eval()
+    plain, waits = launches.per_cycle(target, {})
+    assert waits is None
+    shallow, deep = (
+        launches.per_cycle(
+            target, {"assistant_models": [drafter], "tree": taps_hf.DynamicTree(depth, 2, 8)}
+        )[0]
+        for depth in (1, 4)
+    )
+    assert plain < shallow < deep
+
+
+def test_everything_measured_on_a_gpu_can_be_tried_without(monkeypatch, capsys, models):
+    monkeypatch.setattr(launches, "LAYERS", 1)
+    monkeypatch.setattr(gpu, "TREES", gpu.TREES[:1])
+    monkeypatch.setattr(gpu, "LONG", 10)
+    monkeypatch.setattr(gpu.decode, "main", lambda arguments: print(" ".join(arguments)))
+    gpu.main(["--device", "cpu", "--shape", "tiny", "--rounds", "1"])
+    shown = capsys.readouterr().out
+    for part in ("What is launched", "one drafter", "end to end", "| hass |"):
+        assert part in shown
