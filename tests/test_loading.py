@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from taps_hf import EagleDrafter, tokenizer_fingerprint
+from taps_hf import Eagle3Drafter, EagleDrafter, tokenizer_fingerprint
 from taps_hf.loading import load_drafter
 
 from .tiny import tiny_drafters, tiny_target
@@ -28,6 +28,16 @@ def test_a_drafter_is_ready_to_draft(folder):
     assert not drafter.training
     assert (drafter.device, drafter.dtype) == (target.device, torch.float32)
     assert load_drafter(str(folder), target, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_drafter_is_what_its_folder_says(folder, tmp_path):
+    target = tiny_target()
+    Eagle3Drafter.from_target(target, layer_ids=[1]).save_pretrained(tmp_path / "eagle3")
+    assert type(load_drafter(str(folder), target)) is EagleDrafter
+    assert type(load_drafter(str(tmp_path / "eagle3"), target)) is Eagle3Drafter
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="has `model_type` 'llama', expected 'taps_eagle'"):
+        load_drafter(str(folder), target)
 
 
 def test_drafters_that_do_not_fit_are_named(folder, tmp_path):

@@ -14,7 +14,7 @@ from ..loading import load_drafter
 from .encoding import Example
 from .objectives import get_objective
 from .options import TrainOptions
-from .start import check_can_be_fitted, check_can_copy_head
+from .start import check_can_be_fitted
 from .trainer import frequent_tokens
 
 
@@ -86,8 +86,6 @@ def _new_drafter(
     ).float()
     if options.start == "least_squares":
         check_can_be_fitted(drafter)
-    elif options.start == "target_head":
-        check_can_copy_head(target)
     return drafter
 
 

@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 
 from ..drafters.modeling_eagle import EagleDrafter
 from ..drafters.modeling_eagle3 import Eagle3Drafter
+from ..drafters.modeling_feature import FeatureDrafter
 from .encoding import Example
 
 _SLOTS = 100_000  # that the projection is fitted to, at most
 _RIDGE = 1e-3  # penalty, in units of the inputs' variances
-# Families whose norm is x / rms(x) * weight.
-_PLAIN_NORMS = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
 
 
 @torch.no_grad()
@@ -68,33 +67,7 @@ def balance_layers(
     drafter.fc.weight /= drafter.fuse(read).std()
 
 
-@torch.no_grad()
-def copy_head(drafter: Eagle3Drafter, target: PreTrainedModel) -> None:
-    """Start an EAGLE-3 drafter's head, and the norm before it, as the target's.
-
-    Args:
-        drafter: changed in place; [`check_can_copy_head`] must have passed.
-        target: that it drafts for.
-    """
-    rows = target.get_output_embeddings().weight
-    if drafter.draft_token_ids is not None:
-        rows = rows[drafter.draft_token_ids.to(rows.device)]
-    drafter.lm_head.weight.copy_(rows)
-    drafter.norm.weight.copy_(target.base_model.norm.weight)
-
-
-def check_can_copy_head(target: PreTrainedModel) -> None:
-    """Raise `ValueError` unless the target's final norm is of the drafter's kind."""
-    norm = getattr(target.base_model, "norm", None)
-    # Gemma's weights, for one, are what is added to 1.
-    if type(norm).__name__.removesuffix("RMSNorm") not in _PLAIN_NORMS:
-        raise ValueError(
-            f"`start` is 'target_head', but the target's final norm is a {type(norm).__name__}, "
-            "which is no drafter's; expected 'random'."
-        )
-
-
-def check_can_be_fitted(drafter: EagleDrafter) -> None:
+def check_can_be_fitted(drafter: FeatureDrafter) -> None:
     """Raise `ValueError` unless the layer adds its outputs to what the projection gives."""
     layer = drafter.trunk.layers[0]
     # Gemma's layers normalise their outputs before adding them: no weights make those small.
@@ -129,39 +102,116 @@ def fit_projection(
         share of the features' variance that the projection explains, from -inf to 1.
     """
     device, width = drafter.device, drafter.config.hidden_size
-    inputs = 2 * width + 1  # the last is constant
-    # Sums of products in float64: features have dimensions ten times larger than others.
-    gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-    cross = torch.zeros(inputs, width, dtype=torch.float64, device=device)
-    squares = torch.zeros(width, dtype=torch.float64, device=device)
-    count = 0
+    sums = _Sums(2 * width, width, device)
     for example in examples:
-        features = features_of(example).to(device).double()
+        features = features_of(example).to(device)
         tokens = torch.tensor(example.input_ids[1:-1], device=device)
         slots = torch.tensor(example.is_answer[2:], device=device)
-        embeds = embedding(tokens).to(device).double()
-        x = torch.cat([embeds, features[:-1], torch.ones_like(embeds[:, :1])], dim=1)[slots]
-        y = features[1:][slots]
-        gram += x.T @ x
-        cross += x.T @ y
-        squares += (y * y).sum(dim=0)
-        count += len(x)
-        if count >= _SLOTS:
+        embeds = embedding(tokens).to(device, features.dtype)
+        sums.add(torch.cat([embeds, features[:-1]], dim=1)[slots], features[1:][slots])
+        if sums.count >= _SLOTS:
             break
-    total = squares - cross[-1] ** 2 / count
-    if not drafter.config.fc_bias:  # nothing to put the constant into
-        gram[-1, :-1] = gram[:-1, -1] = cross[-1] = 0.0
-    means = gram[-1, :-1] / count
-    variance = gram.diagonal()[:-1] / count - means**2
-    penalty = torch.cat([variance, variance.new_zeros(1)]).clamp(min=1e-12) * _RIDGE * count
-    fitted = torch.linalg.solve(gram + torch.diag(penalty), cross)
+    fitted = sums.solution(drafter.config.fc_bias)
     drafter.fc.weight.copy_(fitted[:-1].T)
     if drafter.fc.bias is not None:
         drafter.fc.bias.copy_(fitted[-1])
-    layer = drafter.trunk.layers[0]
+    _silence(drafter.trunk.layers[0])
+    return sums.explained(fitted)
+
+
+@torch.no_grad()
+def fit_states(
+    drafter: Eagle3Drafter,
+    target: PreTrainedModel,
+    examples: Sequence[Example],
+    features_of: Callable[[Example], torch.Tensor],
+) -> float:
+    """Start an EAGLE-3 drafter as the target's head on a linear prediction of its next last state.
+
+    Ridge regression of the last state at t + 1 on the states read at t, over the slots of the
+    answers, brought to size 1, as the layer works on. The layer's outputs start at zero, the head
+    as the target's, and the norm before it such that predictions have the size that they had.
+
+    Args:
+        drafter: float32, changed in place; without norms before its projection.
+        target: that it drafts for.
+        examples: what it will be trained on.
+        features_of: the target's states of an example's tokens but the last, (n - 1, layers x
+            hidden): those that the drafter reads, and the last ones at the end.
+
+    Returns:
+        share of the last states' variance that the projection explains, from -inf to 1.
+    """
+    device, width, inputs = drafter.device, drafter.config.hidden_size, drafter.feature_size
+    sums = _Sums(inputs, width, device)
+    for example in examples:
+        states = features_of(example).to(device)
+        slots = torch.tensor(example.is_answer[2:], device=device)
+        sums.add(states[:-1, :inputs][slots], states[1:, -width:][slots])
+        if sums.count >= _SLOTS:
+            break
+    fitted = sums.solution(with_constant=False)
+    size = sums.size(fitted)
+    drafter.fc.weight.copy_(fitted[:-1].T / size)
+    _silence(drafter.trunk.layers[0])
+    head = target.get_output_embeddings().weight
+    if drafter.draft_token_ids is not None:
+        head = head[drafter.draft_token_ids.to(head.device)]
+    drafter.lm_head.weight.copy_(head)
+    drafter.norm.weight.fill_(size)
+    return sums.explained(fitted)
+
+
+def _silence(layer: torch.nn.Module) -> None:
+    """Have a layer add nothing to what it reads."""
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
         linear.weight.zero_()
         if linear.bias is not None:
             linear.bias.zero_()
-    left = squares - 2 * (fitted * cross).sum(dim=0) + (fitted * (gram @ fitted)).sum(dim=0)
-    return 1.0 - float(left.sum() / total.sum())
+
+
+class _Sums:
+    """Sums of products for a ridge regression, the last input of which is constant.
+
+    In float64: features have dimensions ten and more times larger than others.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        how = {"dtype": torch.float64, "device": device}
+        self.gram = torch.zeros(inputs + 1, inputs + 1, **how)
+        self.cross = torch.zeros(inputs + 1, outputs, **how)
+        self.squares = torch.zeros(outputs, **how)
+        self.count = 0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Slots, (n, inputs) and (n, outputs)."""
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double()
+        y = y.double()
+        self.gram += x.T @ x
+        self.cross += x.T @ y
+        self.squares += (y * y).sum(dim=0)
+        self.count += len(x)
+
+    def solution(self, with_constant: bool) -> torch.Tensor:
+        """(inputs + 1, outputs): weights, and a constant, which may be bound to be 0."""
+        gram, cross = self.gram.clone(), self.cross.clone()
+        if not with_constant:
+            gram[-1, :-1] = gram[:-1, -1] = cross[-1] = 0.0
+        means = gram[-1, :-1] / self.count
+        variance = gram.diagonal()[:-1] / self.count - means**2
+        penalty = torch.cat([variance, variance.new_zeros(1)]).clamp(min=1e-12)
+        return torch.linalg.solve(gram + torch.diag(penalty * _RIDGE * self.count), cross)
+
+    def size(self, fitted: torch.Tensor) -> float:
+        """Root of the mean square of what a solution predicts."""
+        return float((self._predicted_squares(fitted).mean() / self.count).sqrt())
+
+    def explained(self, fitted: torch.Tensor) -> float:
+        """Share of the outputs' variance that a solution explains, from -inf to 1."""
+        left = self.squares - 2 * (fitted * self.cross).sum(dim=0)
+        left += self._predicted_squares(fitted)
+        total = self.squares - self.cross[-1] ** 2 / self.count
+        return 1.0 - float(left.sum() / total.sum())
+
+    def _predicted_squares(self, fitted: torch.Tensor) -> torch.Tensor:
+        return (fitted * (self.gram @ fitted)).sum(dim=0)

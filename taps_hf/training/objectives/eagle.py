@@ -16,7 +16,6 @@ class FeatureObjective(DraftObjective):
     """Predicted features against the target's, and the target's distributions against theirs."""
 
     drafter_class = EagleDrafter
-    starts = ("random", "least_squares")
     drafter_options = ("fc_bias", "input_norm")
 
     def scores(self, predicted: torch.Tensor) -> torch.Tensor:

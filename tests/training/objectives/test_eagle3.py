@@ -229,8 +229,6 @@ def test_published_options_and_those_it_cannot_have():
     for wrong, message in [
         ({"objective": "eagle3", "fc_bias": True}, "`fc_bias` is True, but drafters of"),
         ({"objective": "eagle3", "input_norm": True}, "`input_norm` is True"),
-        ({"objective": "eagle3", "start": "least_squares"}, "expected random or target_head"),
-        ({"objective": "eagle", "start": "target_head"}, "expected random or least_squares"),
         ({"objective": "hass", "layer_ids": [1]}, r"`layer_ids` is \[1\], but drafters of"),
         ({"objective": "eagle3", "layer_ids": [0]}, "`layer_ids` is"),
         ({"objective": "eagle3", "layer_ids": ["1"]}, "`layer_ids` is"),
@@ -242,3 +240,26 @@ def test_published_options_and_those_it_cannot_have():
 def test_features_hold_what_is_read_and_the_last_states():
     target = tiny_target()
     assert objective_for(target, drafter_for(target)).layers == (1, 0, LAST)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device to wait for")
+def test_a_step_does_not_wait_for_the_device():
+    target = copy.deepcopy(tiny_target()).to("cuda")
+    drafter = drafter_for(target, 8)
+    objective = objective_for(target, drafter).train()
+    ids = torch.cat([prompt(40, seed=seed) for seed in range(4)]).to("cuda")
+    labels = ids.clone()
+    labels[:, :5] = IGNORED
+    given = {
+        "features": features_of(target, ids[:, :-1], layers=objective.layers),
+        "slots": (labels[:, 2:] != IGNORED).flatten().nonzero()[:, 0],
+        "num_items_in_batch": torch.tensor(140, device="cuda"),
+    }
+    with torch.autocast("cuda", torch.bfloat16):
+        objective(ids, labels, **given)["loss"].backward()  # libraries start
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            objective(ids, labels, **given)["loss"].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad.isfinite().all() for p in drafter.parameters())
