@@ -280,7 +280,8 @@ class TargetSession:
             layer: torch.cat([part[layer] for part in parts]) for layer in self._layers if parts
         }
         if self._prompt_mask is not None:
-            real = self._prompt_mask[0, -len(text) :]
+            real = self._prompt_mask[0, -len(text) :].clone()
+            real[-1] = True  # whatever the mask says of it, the answer goes on from it
             text = text[real]
             states = {layer: x[real[:-1].to(x.device)] for layer, x in states.items()}
         return text, states

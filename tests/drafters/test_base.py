@@ -13,7 +13,7 @@ from taps_hf import ChainTree, DynamicTree, FixedTree
 from taps_hf.cache import CACHE
 from taps_hf.target import LAST
 
-from ..phrases import Phrases
+from ..phrases import Phrases, PhrasesSession
 from ..tiny import FAMILIES, prompt, tiny_drafters, tiny_target
 
 COMMON = {"max_new_tokens": 40, "do_sample": False}
@@ -116,6 +116,33 @@ def test_all_tokens_reach_it_in_order():
             cache = copied
         out = tiny_target().generate(longer, assistant_models=listening, **COMMON, **{CACHE: cache})
         assert heard["text"][-len(out[0]) :] == out[0].tolist()
+
+
+@pytest.mark.parametrize("hidden", [[0], [3, 4], [8], [7, 8]], ids=str)
+def test_the_last_token_is_heard_whatever_the_mask_says(hidden: list[int]):
+    """The answer goes on from it; what a mask hides before it is no text."""
+    heard = []
+
+    class Listening(Phrases):
+        reads_layers = (1,)
+
+        @classmethod
+        def start(cls, drafters, target):
+            return ListeningSession(drafters[0])
+
+    class ListeningSession(PhrasesSession):
+        def observe(self, tokens, states):
+            super().observe(tokens, states)
+            heard.append((len(tokens), len(states[1])))
+
+    mask = torch.ones_like(prompt())
+    mask[0, hidden] = 0
+    common = {**COMMON, "attention_mask": mask}
+    out = tiny_target().generate(prompt(), assistant_models=Listening(plain()), **common)
+    shown = 9 - len([place for place in hidden if place < 8])
+    assert heard[0] == (shown, shown - 1)
+    assert all(tokens == states for tokens, states in heard[1:])
+    assert torch.equal(out, tiny_target().generate(prompt(), **common))
 
 
 def test_it_cannot_sample_proposals():
