@@ -25,9 +25,8 @@ from .conversations import DataSource
 from .muon import check_muon
 from .objectives import ObjectiveOptions, get_objective, list_objectives
 
-# Of fields that take some texts only; what `objective` takes, its registry says.
+# Of fields that take some texts only; what `objective` takes, its registry says, and it `start`.
 _CHOICES = {
-    "start": ("random", "least_squares"),
     "optimizer": ("adamw", "muon"),
     "dtype": ("bfloat16", "float16", "float32"),
     "device": (None, "cpu", "cuda"),
@@ -75,7 +74,9 @@ class TrainOptions:
     license: str | None = _option(None, "of the drafter, named in its card (as the Hub names it)")
     objective: str = _option("eagle", f"as published: {' or '.join(list_objectives())}")
     init_from: str | None = _option(None, "drafter to start from (HASS starts from EAGLE's)")
-    start: str = _option("random", "projection of a new drafter: random, or least_squares")
+    start: str = _option(
+        "random", "of a new drafter: random, least_squares (eagle, hass), target_head (eagle3)"
+    )
     eval_data: list[str] = _option([], "more sources of which the held-out rows are measured")
     held_out: float = _option(0.02, "share of all rows, the same ones in every run, not trained on")
     eval_rows: int = _option(200, "held-out rows of each source that are measured")
@@ -141,6 +142,11 @@ class TrainOptions:
     def _check_drafter(self) -> None:
         """Refuse what drafters of this objective cannot have."""
         objective = get_objective(self.objective)
+        if self.start not in objective.starts:
+            raise ValueError(
+                f"`start` is {self.start!r}, expected {' or '.join(objective.starts)} for "
+                f"`objective` {self.objective}."
+            )
         shaping = {name for known in list_objectives() for name in _shaping(known)}
         for name in sorted(shaping - set(objective.drafter_options)):
             if value := getattr(self, name):

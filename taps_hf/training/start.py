@@ -67,6 +67,24 @@ def balance_layers(
     drafter.fc.weight /= drafter.fuse(read).std()
 
 
+@torch.no_grad()
+def copy_head(drafter: Eagle3Drafter, target: PreTrainedModel) -> None:
+    """Start an EAGLE-3 drafter's head as the target's.
+
+    The norm before it starts with weights so small that scores are about as far apart as those of a
+    random head: the target's own would be certain of whatever a new drafter's states resemble.
+
+    Args:
+        drafter: changed in place.
+        target: that it drafts for.
+    """
+    rows = target.get_output_embeddings().weight
+    if drafter.draft_token_ids is not None:
+        rows = rows[drafter.draft_token_ids.to(rows.device)]
+    drafter.lm_head.weight.copy_(rows)
+    drafter.norm.weight.fill_(1 / drafter.lm_head.weight.norm(dim=1).mean())
+
+
 def check_can_be_fitted(drafter: FeatureDrafter) -> None:
     """Raise `ValueError` unless the layer adds its outputs to what the projection gives."""
     layer = drafter.trunk.layers[0]
@@ -119,49 +137,6 @@ def fit_projection(
     return sums.explained(fitted)
 
 
-@torch.no_grad()
-def fit_states(
-    drafter: Eagle3Drafter,
-    target: PreTrainedModel,
-    examples: Sequence[Example],
-    features_of: Callable[[Example], torch.Tensor],
-) -> float:
-    """Start an EAGLE-3 drafter as the target's head on a linear prediction of its next last state.
-
-    Ridge regression of the last state at t + 1 on the states read at t, over the slots of the
-    answers, brought to size 1, as the layer works on. The layer's outputs start at zero, the head
-    as the target's, and the norm before it such that predictions have the size that they had.
-
-    Args:
-        drafter: float32, changed in place; without norms before its projection.
-        target: that it drafts for.
-        examples: what it will be trained on.
-        features_of: the target's states of an example's tokens but the last, (n - 1, layers x
-            hidden): those that the drafter reads, and the last ones at the end.
-
-    Returns:
-        share of the last states' variance that the projection explains, from -inf to 1.
-    """
-    device, width, inputs = drafter.device, drafter.config.hidden_size, drafter.feature_size
-    sums = _Sums(inputs, width, device)
-    for example in examples:
-        states = features_of(example).to(device)
-        slots = torch.tensor(example.is_answer[2:], device=device)
-        sums.add(states[:-1, :inputs][slots], states[1:, -width:][slots])
-        if sums.count >= _SLOTS:
-            break
-    fitted = sums.solution(with_constant=False)
-    size = sums.size(fitted)
-    drafter.fc.weight.copy_(fitted[:-1].T / size)
-    _silence(drafter.trunk.layers[0])
-    head = target.get_output_embeddings().weight
-    if drafter.draft_token_ids is not None:
-        head = head[drafter.draft_token_ids.to(head.device)]
-    drafter.lm_head.weight.copy_(head)
-    drafter.norm.weight.fill_(size)
-    return sums.explained(fitted)
-
-
 def _silence(layer: torch.nn.Module) -> None:
     """Have a layer add nothing to what it reads."""
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -202,16 +177,9 @@ class _Sums:
         penalty = torch.cat([variance, variance.new_zeros(1)]).clamp(min=1e-12)
         return torch.linalg.solve(gram + torch.diag(penalty * _RIDGE * self.count), cross)
 
-    def size(self, fitted: torch.Tensor) -> float:
-        """Root of the mean square of what a solution predicts."""
-        return float((self._predicted_squares(fitted).mean() / self.count).sqrt())
-
     def explained(self, fitted: torch.Tensor) -> float:
         """Share of the outputs' variance that a solution explains, from -inf to 1."""
         left = self.squares - 2 * (fitted * self.cross).sum(dim=0)
-        left += self._predicted_squares(fitted)
+        left += (fitted * (self.gram @ fitted)).sum(dim=0)
         total = self.squares - self.cross[-1] ** 2 / self.count
         return 1.0 - float(left.sum() / total.sum())
-
-    def _predicted_squares(self, fitted: torch.Tensor) -> torch.Tensor:
-        return (fitted * (self.gram @ fitted)).sum(dim=0)

@@ -28,7 +28,7 @@ from .objectives import DraftObjective, FrozenTarget, get_objective
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
 from .rows import TrainingRows
-from .start import balance_inputs, balance_layers, fit_projection, fit_states
+from .start import balance_inputs, balance_layers, copy_head, fit_projection
 from .trainer import DrafterTrainer, ExampleDataset, coverage
 
 _MEASURES = ("top_1", "deep_acceptance", "accepted_length", "chains")
@@ -150,15 +150,15 @@ def _start(
         return known_features(frozen.model, stores, example.input_ids[:-1], objective.layers)
 
     if isinstance(drafter, Eagle3Drafter):
-        if options.start == "least_squares":
-            explained = fit_states(drafter, frozen.model, examples, read)
-            return f"the projection explains {explained:.1%} of the next last states' variance"
         balance_layers(drafter, examples, read)
-    else:
-        given = (drafter, frozen.embedding, examples, read)
-        if options.start == "least_squares":
-            return f"the projection explains {fit_projection(*given):.1%} of the features' variance"
-        balance_inputs(*given)
+        if options.start == "target_head":
+            copy_head(drafter, frozen.model)
+            return "the drafter starts at random, its head as the target's"
+        return "the drafter starts at random, its projection with inputs of like size"
+    given = (drafter, frozen.embedding, examples, read)
+    if options.start == "least_squares":
+        return f"the projection explains {fit_projection(*given):.1%} of the features' variance"
+    balance_inputs(*given)
     return "the projection starts at random, with inputs of like size"
 
 

@@ -13,8 +13,8 @@ from taps_hf.training.start import (
     balance_inputs,
     balance_layers,
     check_can_be_fitted,
+    copy_head,
     fit_projection,
-    fit_states,
 )
 
 from ..tiny import tiny_target
@@ -135,36 +135,15 @@ def test_layers_contribute_alike_to_features_of_size_one(norms):
 
 @pytest.mark.parametrize("draft_vocab", [None, 6])
 @torch.no_grad()
-def test_an_eagle3_drafter_starts_as_the_targets_head_on_a_linear_map(draft_vocab, monkeypatch):
-    """Against torch's solver on all slots at once."""
-    monkeypatch.setattr(start, "_RIDGE", 1e-6)
-    target, rows = tiny_target("qwen3"), examples()
+def test_a_head_starts_as_the_targets_but_no_more_certain_than_a_random_one(draft_vocab):
+    target = tiny_target("qwen3")
     ids = None if draft_vocab is None else torch.tensor([3, 9, 1, 14, 7, 2])
     drafter = eagle3_of(target, draft_token_ids=ids)
-
-    def read(example: Example) -> torch.Tensor:
-        ids = torch.tensor([example.input_ids[:-1]])
-        return features_of(target, ids, layers=(0, 1, -1))[0]
-
-    explained = fit_states(drafter, target, rows, read)
-    read_states, wanted = [], []
-    for row in rows:
-        slots = torch.tensor(row.is_answer[2:])
-        read_states.append(read(row)[:-1, :64][slots])
-        wanted.append(read(row)[1:, 64:][slots])
-    x, y = torch.cat(read_states).double(), torch.cat(wanted).double()
-    expected = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
-    share = 1 - ((y - expected) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
-    assert explained == pytest.approx(float(share), abs=1e-4)
-    size = float(expected.square().mean().sqrt())
-    fused = drafter.fuse(x.float())
-    torch.testing.assert_close(fused * size, expected.float(), rtol=1e-3, atol=1e-3)
-    # The layer adds nothing, and the norm gives what it is given the size that predictions have.
-    embeds = torch.randn(1, len(x), 32, generator=torch.Generator().manual_seed(0))
-    states = drafter(embeds, fused[None]).last_hidden_state
-    torch.testing.assert_close(states[0], fused)
-    normed = expected / expected.square().mean(dim=1, keepdim=True).sqrt() * size
-    logits = target.lm_head(normed.float())
+    copy_head(drafter, target)
+    states = 7 * torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(0))
+    scores = drafter.scores(states)
+    expected = target.lm_head(states)
     if ids is not None:
-        logits = logits[:, ids.sort().values]
-    torch.testing.assert_close(drafter.scores(states)[0], logits, rtol=1e-3, atol=1e-3)
+        expected = expected[:, :, ids.sort().values]
+    assert scores.argmax(2).equal(expected.argmax(2))
+    assert float(scores.std()) == pytest.approx(1, rel=0.1)

@@ -275,7 +275,7 @@ def eagle3(options) -> TrainOptions:
     return replace(options, objective="eagle3", layer_ids=[1, 2], draft_vocab=12, steps=3)
 
 
-@pytest.mark.parametrize("start", ["random", "least_squares"])
+@pytest.mark.parametrize("start", ["random", "target_head"])
 def test_an_eagle3_drafter_gets_better_and_drafts(eagle3, folder, start, capsys):
     measured = train(replace(eagle3, start=start, epochs=8))
     drafter = AutoModel.from_pretrained(eagle3.out)
@@ -331,7 +331,7 @@ def eagle3_weights(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
 def test_a_stopped_eagle3_run_ends_with_the_same_bits(eagle3, tmp_path, monkeypatch, optimizer):
-    eagle3 = replace(eagle3, max_steps=8, evaluations=4, optimizer=optimizer, start="least_squares")
+    eagle3 = replace(eagle3, max_steps=8, evaluations=4, optimizer=optimizer, start="target_head")
     stopped = replace(eagle3, out=str(tmp_path / "stopped"))
     train(eagle3)
     from taps_hf.training import train as module

@@ -146,6 +146,9 @@ class DraftObjective(nn.Module, ABC):
     published: ClassVar[Mapping[str, float | int]] = {}
     """Options of the paper, where they are not the defaults of [`ObjectiveOptions`]."""
 
+    starts: ClassVar[tuple[str, ...]]
+    """Where a new drafter's weights can start (see [`start`])."""
+
     cuts_gradients: ClassVar[bool] = True
     """Whether they end at what is handed from step to step (see [`harmonised_steps`])."""
 

@@ -16,6 +16,7 @@ class FeatureObjective(DraftObjective):
     """Predicted features against the target's, and the target's distributions against theirs."""
 
     drafter_class = EagleDrafter
+    starts = ("random", "least_squares")
     drafter_options = ("fc_bias", "input_norm")
 
     def scores(self, predicted: torch.Tensor) -> torch.Tensor:

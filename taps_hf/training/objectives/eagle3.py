@@ -32,6 +32,7 @@ class Eagle3(DraftObjective):
     title = "EAGLE-3"
     backbone = "eagle3"
     drafter_class = Eagle3Drafter
+    starts = ("random", "target_head")
     cuts_gradients = False
     drafter_options = ("layer_ids",)
     published: ClassVar[Mapping[str, float | int]] = {

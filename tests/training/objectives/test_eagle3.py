@@ -229,6 +229,8 @@ def test_published_options_and_those_it_cannot_have():
     for wrong, message in [
         ({"objective": "eagle3", "fc_bias": True}, "`fc_bias` is True, but drafters of"),
         ({"objective": "eagle3", "input_norm": True}, "`input_norm` is True"),
+        ({"objective": "eagle3", "start": "least_squares"}, "expected random or target_head"),
+        ({"objective": "eagle", "start": "target_head"}, "expected random or least_squares"),
         ({"objective": "hass", "layer_ids": [1]}, r"`layer_ids` is \[1\], but drafters of"),
         ({"objective": "eagle3", "layer_ids": [0]}, "`layer_ids` is"),
         ({"objective": "eagle3", "layer_ids": ["1"]}, "`layer_ids` is"),
