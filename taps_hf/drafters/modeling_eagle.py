@@ -35,7 +35,9 @@ class EagleDrafter(FeatureDrafter):
     def __init__(self, config: EagleDrafterConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
+        # First, so that seeds give the weights that they always gave.
         self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
+        self.make_trunk()
         if not config.input_norm:
             self.trunk.layers[0].input_layernorm = nn.Identity()
         self.post_init()

@@ -82,6 +82,7 @@ class Eagle3Drafter(FeatureDrafter):
 
     def __init__(self, config: Eagle3DrafterConfig) -> None:
         super().__init__(config)
+        self.make_trunk()
         width, read = config.hidden_size, self.feature_size
         layer = Eagle3Layer(self.trunk.layers[0], config.norm_before_residual)
         self.trunk.layers[0] = layer
