@@ -13,6 +13,7 @@ from typing import Any
 from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from .formats.names import with_loaded
 from .generation import SpeculativeDecoding
 
 _SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle")
@@ -68,7 +69,7 @@ def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) 
         raise ValueError('`cache_implementation` is "paged", expected a dynamic cache.')
 
     decoding = SpeculativeDecoding(
-        assistant_models,
+        with_loaded(assistant_models, model),
         **settings,
         streamer=kwargs.get("streamer"),
         tokenizer=kwargs.get("tokenizer"),
