@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..drafters.configuration_eagle import EagleDrafterConfig
 from .checkpoint import Checkpoint
 from .layer_fields import llama_fields
-from .reading import Found, Target
+from .reading import EXTRA, Found, Target, ours_in
 from .tensors import check_copy, check_tensors, check_vocabulary
 
 _COPIES = ("embed_tokens.weight", "lm_head.weight")
@@ -68,20 +70,51 @@ def read(checkpoint: Checkpoint, target: Target) -> Found:
             f"config.json says `bias` {said}, but fc.bias {'exists' if fc_bias else 'is missing'}: "
             "the tensors were followed"
         )
+    tokens = _draft_tokens(checkpoint)
     ours = EagleDrafterConfig(
         layer_config=fields,
         hidden_size=fields["hidden_size"],
         vocab_size=target.vocab_size,
-        backbone="hass" if "hass" in checkpoint.source.lower() else "eagle2",
+        backbone=_backbone(checkpoint),
         fc_bias=fc_bias,
+        draft_vocab_size=None if tokens is None else len(tokens),
         target_name_or_path=target.name,
+        **ours_in(checkpoint.config),
     )
     names = {
         name.replace("layers.", "trunk.layers.", 1): name
         for name in checkpoint.headers
         if name not in _COPIES
     }
-    return Found(ours, {new: checkpoint.tensor(old) for new, old in names.items()}, notes)
+    state = {new: checkpoint.tensor(old) for new, old in names.items()}
+    if tokens is not None:
+        state["draft_token_ids"] = tokens
+    return Found(ours, state, notes)
+
+
+def _extra(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What is there of ours, if we exported it."""
+    found = checkpoint.config.get(EXTRA)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _backbone(checkpoint: Checkpoint) -> str:
+    """By what it was trained: files do not say, but for ours; names often do."""
+    guess = "hass" if "hass" in checkpoint.source.lower() else "eagle2"
+    return _extra(checkpoint).get("backbone", guess)
+
+
+def _draft_tokens(checkpoint: Checkpoint) -> torch.Tensor | None:
+    """(K,) int64: which tokens are scored, where we exported it with a draft vocabulary."""
+    tokens = _extra(checkpoint).get("draft_token_ids")
+    if tokens is None:
+        return None
+    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+        raise ValueError(
+            f"{checkpoint.config_file} has `{EXTRA}.draft_token_ids` {tokens!r:.40}, expected a "
+            "list of token ids."
+        )
+    return torch.tensor(tokens)
 
 
 def _layer_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:

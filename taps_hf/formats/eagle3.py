@@ -15,7 +15,7 @@ import torch
 from ..drafters.configuration_eagle3 import Eagle3DrafterConfig, default_layer_ids
 from .checkpoint import Checkpoint
 from .layer_fields import llama_fields
-from .reading import Found, Target
+from .reading import Found, Target, ours_in
 from .tensors import check_copy, check_tensors, check_vocabulary
 
 _LEGACY_NORMS = ("aux_norm_low", "aux_norm_mid", "aux_norm_high")
@@ -47,13 +47,11 @@ def read(
     names = _names(checkpoint, layer)
     head = checkpoint.headers.get("lm_head.weight")
     scored = target.vocab_size if head is None else head.shape[0]
-    flags = {
-        "norm_before_residual": bool(settings.get("norm_before_residual")),
-        "norm_before_fc": "input_norm.weight" in checkpoint.headers,
-        "fc_norm": any(new.startswith("fc_norm.") for new in names.values()),
-        "norm_output": bool(settings.get("norm_output")) if norm_output is None else norm_output,
-    }
-    check_tensors(checkpoint, _expected(checkpoint, fields, names, len(ids), scored), _OPTIONAL)
+    flags = _flags(checkpoint, settings, names)
+    if norm_output is not None:
+        flags["norm_output"] = norm_output
+    expected = _expected(checkpoint, fields, names, flags, len(ids), scored)
+    check_tensors(checkpoint, expected, _OPTIONAL)
     if fields["hidden_size"] != target.hidden_size:
         raise ValueError(
             f"{where} has `hidden_size` {fields['hidden_size']}, but the target's is "
@@ -84,6 +82,7 @@ def read(
         layer_ids=ids,
         draft_vocab_size=None if tokens is None else len(tokens),
         target_name_or_path=target.name,
+        **ours_in(checkpoint.config),
         **flags,
     )
     return Found(ours, state, notes)
@@ -161,10 +160,27 @@ def _names(checkpoint: Checkpoint, layer: str) -> dict[str, str]:
     return names
 
 
+def _flags(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, bool]:
+    """The dialect. Of norms that have tensors these tell as well as flags."""
+    inner = settings.get("eagle_config")
+    said = {**(inner if isinstance(inner, Mapping) else {}), **settings}
+    of_features = any(new.startswith("fc_norm.") for new in names.values())
+    return {
+        "norm_before_residual": bool(said.get("norm_before_residual")),
+        "norm_before_fc": "input_norm.weight" in checkpoint.headers
+        or bool(said.get("norm_before_fc")),
+        "fc_norm": of_features or bool(said.get("fc_norm")) or bool(said.get("use_aux_norm")),
+        "norm_output": bool(said.get("norm_output")),
+    }
+
+
 def _expected(
     checkpoint: Checkpoint,
     fields: Mapping[str, Any],
     names: Mapping[str, str],
+    flags: Mapping[str, bool],
     features: int,
     scored: int,
 ) -> dict[str, tuple[int, ...]]:
@@ -193,9 +209,9 @@ def _expected(
     if fields["attention_bias"]:
         rows = {"q": queries, "k": keys, "v": keys, "o": width}
         ours |= {f"{layer}self_attn.{name}_proj.bias": (n,) for name, n in rows.items()}
-    if "input_norm.weight" in checkpoint.headers:
+    if flags["norm_before_fc"]:
         ours["input_norm.weight"] = (features * width,)
-    if any(new.startswith("fc_norm.") for new in names.values()):
+    if flags["fc_norm"]:
         ours |= {f"fc_norm.{i}.weight": (width,) for i in range(features)}
     theirs = {new: old for old, new in names.items()}
     prefix = next(old[: -len("hidden_norm.weight")] for old in names if "hidden_norm" in old)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..drafters.configuration_feature import FeatureDrafterConfig
+
+EXTRA = "taps_hf"
+"""The key of config.json under which our own data is, which engines ignore."""
+_FIELDS = ("tokenizer_fingerprint", "training_data")
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,11 @@ class Found:
     config: FeatureDrafterConfig
     state: dict[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
+
+
+def ours_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file that we exported says under a key of our own, as fields of our configurations."""
+    extra = config.get(EXTRA)
+    if not isinstance(extra, Mapping):
+        return {}
+    return {name: extra.get(name) for name in _FIELDS if extra.get(name) is not None}

@@ -439,6 +439,11 @@ EAGLE3_REFUSED = {
         replaced("midlayer.self_attn.q_proj.bias", torch.zeros(32)),
         "biases of some of q_proj",
     ),
+    "no fc_norm": (configured(fc_norm=True), r"fc_norm.0.weight is missing, expected \[32\]"),
+    "no input_norm": (
+        configured(eagle_config={"norm_before_fc": True}),
+        r"input_norm.weight is missing, expected \[96\]",
+    ),
     "norm": (without("norm.weight"), r"norm.weight is missing, expected \[32\]"),
     "features": (
         configured(eagle_aux_hidden_state_layer_ids=[1, 2]),
