@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .checks import loading
 from .command import Parser, run_command
+from .diagnosis import add_check
 from .drafters.averaging import average_drafters
 from .drafters.modeling_eagle import EagleDrafter
 from .evaluation.commands import add_evaluate
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_regenerate(commands)
     add_train(commands)
     add_evaluate(commands)
+    add_check(commands)
     add_convert(commands)
     add_export(commands)
     add_push(commands)

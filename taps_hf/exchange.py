@@ -184,7 +184,7 @@ def _convert(options: argparse.Namespace) -> None:
     )
     for note in notes:
         print(f"Note: {note}.")
-    print(f"Wrote {options.out}: an {drafter.config.backbone} drafter, {_size(drafter)}")
+    print(f"Wrote {options.out}: {drafter.config.backbone}, {_size(drafter)}")
 
 
 def _size(drafter: FeatureDrafter) -> str:

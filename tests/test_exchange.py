@@ -31,7 +31,7 @@ def test_convert_and_export(tmp_path, target, capsys, how):
     assert main(["convert", str(source), "--target", target, "--out", str(ours)]) == 0
     said = capsys.readouterr().out
     assert "Note: config.json says `bias` False, but fc.bias exists" in said
-    assert "an eagle2 drafter" in said
+    assert f"Wrote {ours}: eagle2, " in said
     assert "the tensors were followed" in (ours / "README.md").read_text()
     drafter = EagleDrafter.from_pretrained(ours, dtype="auto")
     assert drafter.dtype == torch.float16

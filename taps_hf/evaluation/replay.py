@@ -34,12 +34,17 @@ from .records import Record
 from .variants import Variant
 
 
-def _states(
+def states_of(
     record: Record, target: PreTrainedModel, layers: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """By layer the states of all tokens but the last, (n - 1, hidden).
 
     Records hold the last ones. Others are computed, as the target computes a prompt: one pass.
+
+    Args:
+        record: a text.
+        target: whose states.
+        layers: indices of decoder layers, or [`target.LAST`].
     """
     if not set(layers) - {LAST}:
         return {LAST: record.features}
@@ -264,7 +269,7 @@ def replay(
     positions = getattr(config, "max_position_embeddings", None)
     used = {name for variant in variants for name in variant.drafters}
     layers = layers_read(drafters[name] for name in sorted(used))
-    states = [_states(record, target, layers) for record in records]
+    states = [states_of(record, target, layers) for record in records]
     walks = []
     for record, known in zip(records, states):
         runs = [
