@@ -90,5 +90,6 @@ class EagleDrafter(FeatureDrafter):
         return self.fc(torch.cat([inputs_embeds, features], dim=-1))
 
 
-AutoConfig.register(EagleDrafterConfig.model_type, EagleDrafterConfig)
-AutoModel.register(EagleDrafterConfig, EagleDrafter)
+# A `custom_generate` repository has a copy of this module, and may be loaded more than once.
+AutoConfig.register(EagleDrafterConfig.model_type, EagleDrafterConfig, exist_ok=True)
+AutoModel.register(EagleDrafterConfig, EagleDrafter, exist_ok=True)

@@ -206,5 +206,6 @@ class Eagle3Drafter(FeatureDrafter):
         return output
 
 
-AutoConfig.register(Eagle3DrafterConfig.model_type, Eagle3DrafterConfig)
-AutoModel.register(Eagle3DrafterConfig, Eagle3Drafter)
+# A `custom_generate` repository has a copy of this module, and may be loaded more than once.
+AutoConfig.register(Eagle3DrafterConfig.model_type, Eagle3DrafterConfig, exist_ok=True)
+AutoModel.register(Eagle3DrafterConfig, Eagle3Drafter, exist_ok=True)

@@ -16,8 +16,9 @@ from ..drafters.configuration_eagle import EagleDrafterConfig
 from ..drafters.modeling_eagle import EagleDrafter
 from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
-from . import eagle, eagle3
 from .checkpoint import Checkpoint, open_checkpoint
+from .eagle import read as read_eagle
+from .eagle3 import read as read_eagle3
 from .reading import Found, Target
 
 OURS: dict[str, type[FeatureDrafter]] = {
@@ -120,13 +121,13 @@ def _read(
     norm_output: bool | None,
 ) -> Found:
     if recognise(checkpoint) == "eagle3":
-        return eagle3.read(checkpoint, target, layer_ids, norm_output)
+        return read_eagle3(checkpoint, target, layer_ids, norm_output)
     if layer_ids is not None or norm_output is not None:
         raise ValueError(
             "`layer_ids` and `norm_output` were given, but the drafter is an EAGLE-2 or HASS head, "
             "which reads the target's last states."
         )
-    return eagle.read(_renamed(checkpoint), target)
+    return read_eagle(_renamed(checkpoint), target)
 
 
 def _renamed(checkpoint: Checkpoint) -> Checkpoint:
