@@ -19,6 +19,7 @@ from .drafters.modeling_eagle import EagleDrafter
 from .drafters.modeling_eagle3 import Eagle3Drafter
 from .extension import disable, enable, is_enabled
 from .generation import SpeculativeDecoding
+from .loading import load_drafter
 from .measuring import measure_costs
 from .strategies import (
     Auto,
@@ -83,6 +84,7 @@ __all__ = [
     "get_strategy",
     "is_enabled",
     "list_strategies",
+    "load_drafter",
     "measure_costs",
     "merge",
     "register_strategy",

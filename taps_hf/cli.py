@@ -9,9 +9,11 @@ from pathlib import Path
 
 from .checks import loading
 from .command import Parser, run_command
+from .diagnosis import add_check
 from .drafters.averaging import average_drafters
 from .drafters.modeling_eagle import EagleDrafter
 from .evaluation.commands import add_evaluate
+from .exchange import add_convert, add_export
 from .files import ResultFolder
 from .push import add_push
 from .training.commands import add_regenerate, add_train
@@ -33,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_regenerate(commands)
     add_train(commands)
     add_evaluate(commands)
+    add_check(commands)
+    add_convert(commands)
+    add_export(commands)
     add_push(commands)
     # Before the command or after it: there, what is not given must not overrule what was.
     for known in (parser, *commands.choices.values()):

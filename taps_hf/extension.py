@@ -13,6 +13,7 @@ from typing import Any
 from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from .formats.names import with_loaded
 from .generation import SpeculativeDecoding
 
 _SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle")
@@ -27,7 +28,8 @@ def enable() -> None:
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "assistant_models" not in kwargs:
+        # A repository's own decoding takes what arguments it likes (`bundle` writes such a one).
+        if "assistant_models" not in kwargs or isinstance(kwargs.get("custom_generate"), str):
             return original(self, *args, **kwargs)
         return _speculative_generate(original, self, *args, **kwargs)
 
@@ -43,6 +45,20 @@ def disable() -> None:
 def is_enabled() -> bool:
     """Whether `generate` knows `assistant_models`."""
     return hasattr(GenerationMixin.generate, _MARK)
+
+
+def speculative_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate(..., assistant_models=...)`, whether or not `generate` knows the argument.
+
+    What a `custom_generate` repository runs (`bundle`).
+
+    Raises:
+        ValueError: without `assistant_models`, and as `generate` raises with them.
+    """
+    if kwargs.get("assistant_models") is None:
+        raise ValueError("`assistant_models` was not given, expected drafters or names of some.")
+    original = getattr(GenerationMixin.generate, _MARK, GenerationMixin.generate)
+    return _speculative_generate(original, model, *args, **kwargs)
 
 
 def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +84,7 @@ def _speculative_generate(original: Any, model: Any, *args: Any, **kwargs: Any) 
         raise ValueError('`cache_implementation` is "paged", expected a dynamic cache.')
 
     decoding = SpeculativeDecoding(
-        assistant_models,
+        with_loaded(assistant_models, model),
         **settings,
         streamer=kwargs.get("streamer"),
         tokenizer=kwargs.get("tokenizer"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -9,20 +11,17 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .checks import check_device, loading
-from .drafters.modeling_eagle import EagleDrafter
-from .drafters.modeling_eagle3 import Eagle3Drafter
 from .drafters.modeling_feature import FeatureDrafter
 from .embedded import load_embedded_target, load_embedded_tokenizer
+from .formats.load import is_ours, read_drafter, warn_of
 from .validation import check_drafter, check_target, check_tokenizer
 
 EMBEDDED = "embedded"
-_KINDS = {kind.config_class.model_type: kind for kind in (EagleDrafter, Eagle3Drafter)}
 
 
 def load_target(
@@ -57,12 +56,18 @@ def load_target(
     elif not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {name} has no chat template, expected `chat_template`.")
     _check_template(tokenizer, chat_template or f"of {name}")
-    if embedded:
+    return load_model(name, dtype, device), tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A frozen target alone, as [`load_target`] loads it."""
+    check_device(device)
+    if name == EMBEDDED:
         target = load_embedded_target(dtype)
     else:
         with loading(f"The target {name}"):
             target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return target.to(device).eval().requires_grad_(False), tokenizer
+    return target.to(device).eval().requires_grad_(False)
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
@@ -114,8 +119,15 @@ def load_drafter(
     name: str | None = None,
     called: str | None = None,
     dtype: torch.dtype | Literal["auto"] = "auto",
+    pickles: bool = False,
+    layer_ids: Sequence[int] | None = None,
+    norm_output: bool | None = None,
 ) -> FeatureDrafter:
     """A drafter that fits a target, on its device and in evaluation mode.
+
+    Besides our own folders it reads those of others (EAGLE-1, EAGLE-2, HASS, TAPS, and EAGLE-3 as
+    its authors, SpecForge, NVIDIA and speculators write it): docs/checkpoints.md. What files
+    contradict or leave open is warned of.
 
     Args:
         path: folder or Hub name.
@@ -124,16 +136,30 @@ def load_drafter(
         name: of the drafter in messages, by default its path.
         called: what messages call it if its files are broken, by default by name and path.
         dtype: of its weights, by default that in which they were saved.
+        pickles: whether to read weights of others from `pytorch_model.bin`; no code in it is run.
+        layer_ids: of an EAGLE-3 head of others: which `hidden_states` of the target it reads,
+            instead of what its file says.
+        norm_output: of an EAGLE-3 head of others: whether it feeds itself normalised states.
 
     Raises:
-        ValueError: if its files are broken, or it does not fit.
+        ValueError: if its files are broken, in no known format, or do not fit.
         OSError: if there is no such drafter.
     """
     name = path if name is None else name
-    with loading(called or f"Drafter {name!r} ({path})"):
-        kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
-        # Of an unknown kind the check of any says what is wrong.
-        drafter = _KINDS.get(kind, EagleDrafter).from_pretrained(path, dtype=dtype)
+    named = called or f"Drafter {name!r} ({path})"
+    with loading(named):
+        ours = is_ours(path)
+    # Readers of other formats say themselves which file is wrong, and how.
+    with loading(named) if ours else nullcontext():
+        drafter, notes = read_drafter(
+            path,
+            target,
+            dtype=dtype,
+            pickles=pickles,
+            layer_ids=layer_ids,
+            norm_output=norm_output,
+        )
+    warn_of(notes, path)
     drafter = drafter.to(target.device).eval()
     check_drafter(name, drafter, target)
     if tokenizer is not None:

@@ -18,10 +18,11 @@ from huggingface_hub import HfApi, RepoCard, get_token
 from huggingface_hub.errors import HTTPError  # of the HTTP library that huggingface_hub is using
 from huggingface_hub.utils import validate_repo_id
 
+from .bundle import fill_repository, write_repository
 from .checks import parse_json
-from .drafters.configuration_eagle import EagleDrafterConfig
 from .embedded import EMBEDDED_DRAFTERS
 from .files import ResultFolder
+from .formats.load import OURS
 
 _DRAFTER_FILES = ("README.md", "config.json", "model.safetensors")
 _CARDS = "hub_cards"
@@ -37,6 +38,8 @@ class PushOptions:
         space: name of the Space; None uploads none.
         root: a clone of this repository, whose demo the Space runs.
         private: whether new repositories are private.
+        custom_generate: name of the repository with which `generate` decodes speculatively where
+            this package is not installed (`bundle`); None uploads none.
     """
 
     owner: str
@@ -44,6 +47,7 @@ class PushOptions:
     space: str | None = None
     root: Path = Path()
     private: bool = False
+    custom_generate: str | None = None
 
 
 def push(options: PushOptions) -> list[str]:
@@ -57,12 +61,16 @@ def push(options: PushOptions) -> list[str]:
         OSError: if the Hub refuses something or cannot be reached.
     """
     names = [folder.resolve().name for folder in options.drafters]
-    if not names and options.space is None:
-        raise ValueError("Neither `--drafters` nor `--space` was given; expected one or both.")
+    if not names and options.space is None and options.custom_generate is None:
+        raise ValueError(
+            "Neither `--drafters` nor `--space` was given, nor `--custom-generate`; expected one "
+            "or more."
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"`--drafters` has folders of the same name: {', '.join(names)}.")
     repo_ids = [f"{options.owner}/{name}" for name in (*names, options.space) if name is not None]
-    for repo_id in repo_ids:
+    decoding = options.custom_generate
+    for repo_id in (*repo_ids, *([] if decoding is None else [f"{options.owner}/{decoding}"])):
         validate_repo_id(repo_id)
     for folder in options.drafters:
         check_drafter_folder(folder)
@@ -85,11 +93,9 @@ def check_drafter_folder(folder: Path) -> None:
         kind = parse_json((folder / "config.json").read_bytes())["model_type"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'} is no configuration of a model.") from None
-    if kind != EagleDrafterConfig.model_type:
-        raise ValueError(
-            f"{folder / 'config.json'} is of a {kind!r}, expected of a "
-            f"{EagleDrafterConfig.model_type!r}."
-        )
+    if kind not in OURS:
+        expected = " or ".join(f"a {known!r}" for known in OURS)
+        raise ValueError(f"{folder / 'config.json'} is of a {kind!r}, expected of {expected}.")
     if not _metadata(folder / "README.md"):
         raise ValueError(f"{folder / 'README.md'} has no metadata, expected YAML at its beginning.")
 
@@ -173,6 +179,12 @@ def _upload(api: HfApi, options: PushOptions, repo_ids: Sequence[str]) -> list[s
             allow_patterns=list(_DRAFTER_FILES),
             commit_message=message,
         )
+    if options.custom_generate is not None:
+        repo_id = f"{options.owner}/{options.custom_generate}"
+        with tempfile.TemporaryDirectory() as temporary:
+            fill_repository(Path(temporary), repo_id)
+            addresses.append(str(api.create_repo(repo_id, private=options.private, exist_ok=True)))
+            api.upload_folder(repo_id=repo_id, folder_path=temporary, commit_message=message)
     if options.space is not None:
         *drafters, repo_id = repo_ids
         with tempfile.TemporaryDirectory() as temporary:
@@ -205,15 +217,29 @@ def add_push(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--root", type=Path, default=Path(), help="clone of this repository (default: here)"
     )
+    parser.add_argument(
+        "--custom-generate",
+        metavar="NAME",
+        help="also upload a repository for generate(custom_generate=OWNER/NAME), which runs where "
+        "this package is not installed",
+    )
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument(
-        "--assemble", type=Path, metavar="FOLDER", help="upload nothing, write the Space's folder"
+        "--assemble",
+        type=Path,
+        metavar="FOLDER",
+        help="upload nothing, write the Space's folder (with "
+        "--custom-generate: of that repository)",
     )
     parser.set_defaults(run=_push)
 
 
 def _push(options: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(options).items() if k not in ("run", "assemble")}
+    if options.assemble is not None and options.custom_generate is not None:
+        write_repository(options.assemble, f"{options.owner}/{options.custom_generate}")
+        print(f"Wrote {options.assemble}; try it with `custom_generate={str(options.assemble)!r}`")
+        return
     if options.assemble is not None:
         assemble_space(options.root, options.assemble)
         print(f"Wrote {options.assemble}; try it with `python {options.assemble / 'app.py'}`")

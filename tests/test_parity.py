@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import taps_hf
-from tests.tiny import FAMILIES, VOCAB, prompt, tiny_drafters, tiny_target
+from tests.tiny import DIALECTS, FAMILIES, VOCAB, prompt, tiny_drafters, tiny_eagle3, tiny_target
 
 STRATEGIES = [
     "single",
@@ -136,6 +136,33 @@ def test_strategies(family: str, strategy, seed: int | None):
     sure = strategy in SURE and seed is not None
     plain, ours = both(family, prompt(), seed, strategy=strategy, sure_of_some=sure)
     assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_kinds_in_one_tree(family: str, strategy, seed: int | None):
+    """EAGLE-3 beside EAGLE-2: they read other layers, and two of the four run as one."""
+    drafters = {
+        "one": tiny_drafters(1, family)[0],
+        **dict(zip(("two", "three"), tiny_eagle3(2, family))),
+        "four": tiny_eagle3(1, family, "fc_norm", draft_vocab=None)[0],
+    }
+    sure = strategy in SURE and seed is not None
+    plain, ours = both(
+        family, prompt(), seed, drafters, strategy=strategy, sure_of_some=sure, max_new_tokens=16
+    )
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialects_of_eagle3(family: str, dialect: str):
+    for seed, tree in ((None, WIDE), (2, WIDE), (1, taps_hf.ChainTree(3))):
+        drafters = tiny_eagle3(2, family, dialect)
+        sure = seed is not None and tree == WIDE
+        plain, ours = both(family, prompt(), seed, drafters, tree=tree, sure_of_some=sure)
+        assert torch.equal(plain, ours)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

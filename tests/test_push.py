@@ -84,6 +84,22 @@ def test_drafters_and_space_are_uploaded(hub, drafters, clone, capsys):
     assert hub.files["models/someone/drafter-math"]["README.md"].endswith(b"Better now.\n")
 
 
+def test_decoding_is_uploaded_for_those_who_have_not_installed_us(hub, drafters, tmp_path, capsys):
+    assert main(["push", "someone", "--custom-generate", "taps"]) == 0
+    assert f"Uploaded {hub.url}/someone/taps\n" in capsys.readouterr().out
+    files = hub.files["models/someone/taps"]
+    assert {"README.md", "custom_generate/generate.py", "custom_generate/requirements.txt"} <= set(
+        files
+    )
+    assert 'custom_generate="someone/taps"' in files["README.md"].decode()
+    out = tmp_path / "repository"
+    given = ["push", "someone", "--custom-generate", "taps", "--assemble", str(out)]
+    assert main(given) == 0
+    written = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert set(files) == {name for name in written if not name.startswith(".taps")}
+    assert main(["push", "someone", "--custom-generate", "no name"]) == 2
+
+
 def test_what_is_wrong_is_said_before_anything_is_uploaded(hub, drafters, clone, capsys):
     math, chat = drafters
     (chat / "README.md").write_text("No metadata.\n")
@@ -102,7 +118,10 @@ def test_what_is_wrong_is_said_before_anything_is_uploaded(hub, drafters, clone,
         (["--drafters", math / "nowhere"], "has no README.md, config.json, model.safetensors"),
         (["--drafters", empty], "has no README.md, config.json, model.safetensors"),
         (["--drafters", math, chat], "README.md has no metadata"),
-        (["--drafters", math, other], "is of a 'llama', expected of a 'taps_eagle'"),
+        (
+            ["--drafters", math, other],
+            "is of a 'llama', expected of a 'taps_eagle' or a 'taps_eagle3'",
+        ),
         (["--drafters", tabs], "README.md cannot be read"),
         (["--drafters", deep], "config.json is no configuration"),
         (["--drafters", math, math], "folders of the same name"),

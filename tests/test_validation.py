@@ -27,7 +27,10 @@ CHAIN = taps_hf.ChainTree(2)
 def test_assistant_models():
     refused("`assistant_models` is empty", assistant_models=[])
     refused("`assistant_models` is .*LlamaForCausalLM", assistant_models=[tiny_target()])
-    refused("`assistant_models` is .*str", assistant_models="some/name")
+    refused("`assistant_models` is .*int", assistant_models=3)
+    refused("`assistant_models` has an empty name", assistant_models=["", *tiny_drafters(1)])
+    with pytest.raises(ValueError, match=r"`assistant_models` is .*str"):
+        taps_hf.SpeculativeDecoding("some/name")  # knows no target to load it for
     refused("`assistant_models` is None, but strategy", assistant_models=None, strategy="merged")
 
 

@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from taps_hf import EagleDrafter
+from taps_hf import Eagle3Drafter, EagleDrafter
 
 VOCAB = 16
 _COMMON = {
@@ -94,6 +94,41 @@ def tiny_drafters(
             ids = None if draft_vocab is None else torch.randperm(VOCAB)[:draft_vocab]
             drafter = EagleDrafter.from_target(tiny_target(family), draft_token_ids=ids)
             drafters.append(drafter.to(dtype).eval())
+    return tuple(drafters)
+
+
+# The dialects in which EAGLE-3 heads come.
+DIALECTS: dict[str, dict] = {
+    "original": {},
+    "norm_before_residual": {"norm_before_residual": True},
+    "norm_before_fc": {"norm_before_fc": True, "norm_before_residual": True},
+    "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True, "fc_norm": True},
+    "qwen3": {"family": "qwen3"},
+}
+
+
+@functools.cache
+def tiny_eagle3(
+    count: int = 1,
+    family: str = "llama",
+    dialect: str = "original",
+    draft_vocab: int | None = 12,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Eagle3Drafter, ...]:
+    """Random EAGLE-3 drafters for the tiny target of a family. Cached: do not change them."""
+    drafters = []
+    with torch.random.fork_rng():
+        for seed in range(count):
+            torch.manual_seed(seed)
+            ids = None if draft_vocab is None else torch.randperm(VOCAB)[:draft_vocab]
+            drafter = Eagle3Drafter.from_target(
+                tiny_target(family, dtype), ids, layer_ids=[1, 2], **DIALECTS[dialect]
+            )
+            for name, weight in drafter.named_parameters():
+                if "norm" in name:  # new ones are all alike: none would be missed
+                    weight.data.uniform_(0.5, 1.5)
+            drafters.append(drafter.eval())
     return tuple(drafters)
 
 

@@ -1,7 +1,8 @@
 """The protocol of a drafter: what decoding needs of anything that proposes tokens.
 
 A new kind of drafter is a [`Drafter`] and a [`DrafterSession`] in one file. Loop, strategies and
-verification know no kind. Feature drafters (EAGLE-2, HASS) are in `modeling_eagle` and `session`.
+verification know no kind. Feature drafters (EAGLE-2, HASS, EAGLE-3) are in `modeling_feature`, and
+the kinds beside it.
 """
 
 from __future__ import annotations

@@ -27,8 +27,20 @@ _FINDING = (
 _DTYPES = {torch.int64: "I64"}
 
 
-def _find(path: str | Path, name: str, kwargs: Mapping[str, Any], required: bool) -> Path | None:
-    """A file of a folder or of a repository of the Hub, as transformers finds it."""
+def find_file(
+    path: str | Path, name: str, kwargs: Mapping[str, Any], required: bool
+) -> Path | None:
+    """A file of a folder or of a repository of the Hub, as transformers finds it.
+
+    Args:
+        path: a folder, or the name of a repository of the Hub.
+        name: of the file.
+        kwargs: of `from_pretrained`; those about finding files are used.
+        required: whether it must be there.
+
+    Raises:
+        OSError: if it must and is not.
+    """
     found = cached_file(
         path,
         name,
@@ -40,7 +52,12 @@ def _find(path: str | Path, name: str, kwargs: Mapping[str, Any], required: bool
     return None if found is None else Path(found)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: if it holds none.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -62,8 +79,8 @@ def read_config(path: str | Path, kwargs: Mapping[str, Any], model_type: str) ->
         OSError: if there is none.
         ValueError: if it is not a JSON object, or not such a drafter's.
     """
-    file = _find(path, "config.json", kwargs, required=True)
-    content = _read_object(file)
+    file = find_file(path, "config.json", kwargs, required=True)
+    content = read_object(file)
     if content.get("model_type") != model_type:
         raise ValueError(
             f"{file} has `model_type` {content.get('model_type')!r}, expected {model_type!r}: "
@@ -84,7 +101,7 @@ def safetensors_files(path: str | Path, kwargs: Mapping[str, Any]) -> list[Path]
         ValueError: if the index is not one, or names a file that is not a safetensors file beside
             it, or if an adapter's configuration names other weights.
     """
-    adapter = _find(path, "adapter_config.json", kwargs, required=False)
+    adapter = find_file(path, "adapter_config.json", kwargs, required=False)
     if adapter is not None:  # with peft installed, transformers would load the model it names
         raise ValueError(f"{adapter} is there, but drafters have no adapters.")
     variant = kwargs.get("variant")
@@ -92,24 +109,38 @@ def safetensors_files(path: str | Path, kwargs: Mapping[str, Any]) -> list[Path]
         name if variant is None else f"{(parts := name.rsplit('.', 1))[0]}.{variant}.{parts[1]}"
         for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )
-    whole = _find(path, weights, kwargs, required=False)
+    whole = find_file(path, weights, kwargs, required=False)
     if whole is not None:
         return [whole]
-    found = _find(path, index, kwargs, required=False)
+    found = find_file(path, index, kwargs, required=False)
     if found is None:
         raise OSError(f"{path} has neither {weights} nor {index}: drafters are safetensors only.")
-    parts = _read_object(found).get("weight_map")
+    names = shards_of(found, ".safetensors")
+    return [find_file(path, name, kwargs, required=True) for name in names]
+
+
+def shards_of(index: Path, suffix: str) -> list[str]:
+    """The names of the files that an index spreads weights over, sorted.
+
+    Args:
+        index: the file.
+        suffix: how their names must end.
+
+    Raises:
+        ValueError: if it is no index, or names a file of another kind or outside of its folder.
+    """
+    parts = read_object(index).get("weight_map")
     if not isinstance(parts, dict) or not parts:
-        raise ValueError(f"{found} has no `weight_map` from weights to files.")
+        raise ValueError(f"{index} has no `weight_map` from weights to files.")
     for weight, name in parts.items():
         # On any system: a backslash is a separator on some.
         plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
-        if not plain or not name.endswith(".safetensors"):
+        if not plain or not name.endswith(suffix):
             raise ValueError(
-                f"{found} has weight {weight!r} in {name!r}, expected a *.safetensors file of the "
+                f"{index} has weight {weight!r} in {name!r}, expected a *{suffix} file of the "
                 "same folder."
             )
-    return [_find(path, name, kwargs, required=True) for name in sorted(set(parts.values()))]
+    return sorted(set(parts.values()))
 
 
 def check_shapes(files: Sequence[Path], expected: Mapping[str, torch.Tensor]) -> None:

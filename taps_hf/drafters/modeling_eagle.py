@@ -35,7 +35,9 @@ class EagleDrafter(FeatureDrafter):
     def __init__(self, config: EagleDrafterConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
+        # First, so that seeds give the weights that they always gave.
         self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
+        self.make_trunk()
         if not config.input_norm:
             self.trunk.layers[0].input_layernorm = nn.Identity()
         self.post_init()
@@ -88,5 +90,6 @@ class EagleDrafter(FeatureDrafter):
         return self.fc(torch.cat([inputs_embeds, features], dim=-1))
 
 
-AutoConfig.register(EagleDrafterConfig.model_type, EagleDrafterConfig)
-AutoModel.register(EagleDrafterConfig, EagleDrafter)
+# A `custom_generate` repository has a copy of this module, and may be loaded more than once.
+AutoConfig.register(EagleDrafterConfig.model_type, EagleDrafterConfig, exist_ok=True)
+AutoModel.register(EagleDrafterConfig, EagleDrafter, exist_ok=True)

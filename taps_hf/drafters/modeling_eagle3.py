@@ -82,6 +82,7 @@ class Eagle3Drafter(FeatureDrafter):
 
     def __init__(self, config: Eagle3DrafterConfig) -> None:
         super().__init__(config)
+        self.make_trunk()
         width, read = config.hidden_size, self.feature_size
         layer = Eagle3Layer(self.trunk.layers[0], config.norm_before_residual)
         self.trunk.layers[0] = layer
@@ -205,5 +206,6 @@ class Eagle3Drafter(FeatureDrafter):
         return output
 
 
-AutoConfig.register(Eagle3DrafterConfig.model_type, Eagle3DrafterConfig)
-AutoModel.register(Eagle3DrafterConfig, Eagle3Drafter)
+# A `custom_generate` repository has a copy of this module, and may be loaded more than once.
+AutoConfig.register(Eagle3DrafterConfig.model_type, Eagle3DrafterConfig, exist_ok=True)
+AutoModel.register(Eagle3DrafterConfig, Eagle3Drafter, exist_ok=True)

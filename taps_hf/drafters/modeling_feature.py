@@ -22,7 +22,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..cache import CACHE
 from .base import Drafter, DrafterSession
 from .checkpoints import check_shapes, read_config, safetensors_files
-from .configuration_feature import FeatureDrafterConfig
 from .layers import build_trunk
 from .session import EagleSession
 from .stacking import kept_stack, stacking_key
@@ -41,8 +40,9 @@ class FeatureDrafter(PreTrainedModel, Drafter):
     has_own_head = False
     """Whether [`scores`] are its own, and not those of the target's LM head."""
 
-    def __init__(self, config: FeatureDrafterConfig) -> None:
-        super().__init__(config)
+    def make_trunk(self) -> None:
+        """Make `trunk`, the one-layer model without embedding and norm, and `draft_token_ids`."""
+        config = self.config
         config.build_layer_config()  # refuses what is no drafter's
         trunk = build_trunk(config.layer_config, attention=config._attn_implementation or "sdpa")
         trunk.embed_tokens = None

@@ -14,15 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..cache import CACHE
 from ..drafters.base import Drafter, DraftRequest
-from ..drafters.ensemble import Ensemble
+from ..drafters.ensemble import Ensemble, layers_read
 from ..drafters.modeling_eagle import EagleDrafter
 from ..strategies import GenerationContext
 from ..strategies.checks import check_asked, checked_choice
 from ..strategies.costs import LearntCosts
-from ..target import LAST
+from ..target import LAST, TargetSession
 from ..trace import trace_cycle
 from ..trees.shapes import TreeShape
 from ..trees.tree import DraftTree
@@ -33,21 +34,48 @@ from .records import Record
 from .variants import Variant
 
 
+def states_of(
+    record: Record, target: PreTrainedModel, layers: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """By layer the states of all tokens but the last, (n - 1, hidden).
+
+    Records hold the last ones. Others are computed, as the target computes a prompt: one pass.
+
+    Args:
+        record: a text.
+        target: whose states.
+        layers: indices of decoder layers, or [`target.LAST`].
+    """
+    if not set(layers) - {LAST}:
+        return {LAST: record.features}
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    given = (record.tokens[None], GenerationConfig(), {CACHE: cache}, layers)
+    with TargetSession(target, *given) as session:
+        _, found = session.prefill()
+    kept = {layer: x.to("cpu", record.features.dtype) for layer, x in found.items()}
+    return {**kept, LAST: record.features}
+
+
 class _Reader:
     """Drafters that read a record as a generation would show it to them."""
 
     def __init__(
-        self, drafters: Sequence[Drafter], target: PreTrainedModel, record: Record
+        self,
+        drafters: Sequence[Drafter],
+        target: PreTrainedModel,
+        record: Record,
+        states: Mapping[int, torch.Tensor],
     ) -> None:
         self._ensemble = Ensemble(drafters, target)
-        self._record = record
+        self._record, self._states = record, states
         self._read = 0  # tokens
 
     def propose(self, asked: Sequence[int], spot: Spot, request: DraftRequest) -> dict:
         """Trees, by index, with the root at a position not before the last one's."""
         record, read, self._read = self._record, self._read, spot.root + 1
-        known = record.features[max(read - 1, 0) : spot.root]  # before each token but the first
-        self._ensemble.observe(record.tokens[read : self._read], {LAST: known})
+        before = slice(max(read - 1, 0), spot.root)  # each token but the first
+        known = {layer: states[before] for layer, states in self._states.items()}
+        self._ensemble.observe(record.tokens[read : self._read], known)
         return self._ensemble.propose(asked, request)
 
 
@@ -66,6 +94,7 @@ class OneByOne:
         target: that it drafts for.
         shape: of the trees.
         records: of the target; in each, positions must grow.
+        states: of each record, by layer, those of all tokens but the last that the drafter reads.
     """
 
     def __init__(
@@ -74,9 +103,12 @@ class OneByOne:
         target: PreTrainedModel,
         shape: TreeShape,
         records: Sequence[Record],
+        states: Sequence[Mapping[int, torch.Tensor]],
     ) -> None:
         self._shape, self._records = shape, list(records)
-        self._readers = [_Reader([drafter], target, record) for record in records]
+        self._readers = [
+            _Reader([drafter], target, record, found) for record, found in zip(records, states)
+        ]
 
     def grow(self, spots: Sequence[Spot]) -> list[DraftTree]:
         """As [`Forest.grow`]."""
@@ -98,6 +130,7 @@ class _Decoding:
     Args:
         variant: how it decodes.
         record: what is replayed.
+        states: its states by layer.
         target: the record's.
         drafters: by name.
         shape: which of the replay's shapes the variant's is.
@@ -107,6 +140,7 @@ class _Decoding:
         self,
         variant: Variant,
         record: Record,
+        states: Mapping[int, torch.Tensor],
         target: PreTrainedModel,
         drafters: Mapping[str, Drafter],
         shape: int,
@@ -123,7 +157,7 @@ class _Decoding:
         self._reader: _Reader | None = None
         if self._strategy.go_on is not None:
             own = [drafters[name] for name in variant.drafters]
-            self._reader = _Reader(own, target, record)
+            self._reader = _Reader(own, target, record, states)
 
     def ask(self, max_depth: int) -> set[_Source]:
         """Whose trees are wanted of those that variants share."""
@@ -215,7 +249,8 @@ def replay(
 
     Args:
         records: of the target.
-        target: for its embedding and head; it is not run.
+        target: for its embedding and head; it is run once over each record if drafters read other
+            layers' states than its last.
         drafters: by name.
         variants: what to replay, for deterministic trees (the walk).
         weights: a digest of each drafter, for the variants' keys.
@@ -224,24 +259,22 @@ def replay(
         the cycles of each variant, in their order, for one record after the other, as they end.
 
     Raises:
-        ValueError: for drafters that read what records do not hold, and for strategies that would
-            measure costs.
+        ValueError: for strategies that would measure costs.
     """
-    for name, drafter in drafters.items():
-        if set(drafter.reads_layers) - {LAST}:
-            raise ValueError(
-                f"Drafter {name!r} reads the target's layers {drafter.reads_layers}, but records "
-                "hold its last hidden states only."
-            )
     shapes: list[TreeShape] = []
     for variant in variants:
         if variant.tree not in shapes:
             shapes.append(variant.tree)
     config = target.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
+    used = {name for variant in variants for name in variant.drafters}
+    layers = layers_read(drafters[name] for name in sorted(used))
+    states = [states_of(record, target, layers) for record in records]
     walks = []
-    for record in records:
-        runs = [_Decoding(v, record, target, drafters, shapes.index(v.tree)) for v in variants]
+    for record, known in zip(records, states):
+        runs = [
+            _Decoding(v, record, known, target, drafters, shapes.index(v.tree)) for v in variants
+        ]
         walks.append(_Walk(record, runs, positions))
     growers: dict[_Source, _Grower] = {}
     while pending := {i: walk for i, walk in enumerate(walks) if not walk.is_done}:
@@ -253,9 +286,9 @@ def replay(
         grown: dict[int, dict[_Source, DraftTree]] = {i: {} for i in pending}
         for source, spots in wanted.items():
             if source not in growers:
-                drafter = drafters[source[0]]
-                kind = Forest if type(drafter) is EagleDrafter else OneByOne
-                growers[source] = kind(drafter, target, shapes[source[1]], records)
+                given = drafters[source[0]], target, shapes[source[1]], records
+                batched = type(given[0]) is EagleDrafter
+                growers[source] = Forest(*given) if batched else OneByOne(*given, states)
             for spot, tree in zip(spots, growers[source].grow(spots)):
                 grown[spot.record][source] = tree
         for i, walk in pending.items():

@@ -5,31 +5,47 @@ import copy
 import pytest
 import torch
 
-from taps_hf import DraftTree, DynamicTree, EagleDrafter, FixedTree
+from taps_hf import ChainTree, DraftTree, DynamicTree, FixedTree
 from taps_hf.drafters.base import DraftRequest
+from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.drafters.session import EagleSession
-from taps_hf.target import LAST
 
-from ..tiny import prompt, tiny_drafters, tiny_target
+from ..tiny import DIALECTS, prompt, tiny_drafters, tiny_eagle3, tiny_target
+from . import reference
+from .test_modeling_eagle3 import shape_of, tensors_of
 
-FAMILIES = ["llama", "qwen3", "gemma3_text"]
+# Families of targets, and the drafter that reads several layers of one.
+FAMILIES = ["llama", "qwen3", "gemma3_text", "eagle3"]
 SHAPE = DynamicTree(depth=3, top_k=3, num_nodes=9)
 
 
-def slots(family: str = "llama", length: int = 25) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and the target's features before them, as the decoding loop hands them on."""
+def family_of(kind: str) -> str:
+    return "llama" if kind == "eagle3" else kind
+
+
+def drafter_of(kind: str) -> FeatureDrafter:
+    return tiny_eagle3()[0] if kind == "eagle3" else tiny_drafters(1, kind)[0]
+
+
+def slots(kind: str = "llama", length: int = 25) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and the target's features before them, those of several layers side by side."""
     ids = prompt(length + 1, seed=3)
     with torch.no_grad():
-        features = tiny_target(family).base_model(ids).last_hidden_state[0]
+        hidden = tiny_target(family_of(kind)).base_model(ids, output_hidden_states=True)
+    if kind == "eagle3":  # what layer 0 gives; of the last one the model shows it normalised only
+        features = torch.cat([hidden.hidden_states[1][0]] * 2, dim=-1)
+    else:
+        features = hidden.last_hidden_state[0]
     return ids[0, 1:], features[:-1]
 
 
-def session(family: str = "llama", drafter: EagleDrafter | None = None) -> EagleSession:
-    return EagleSession([drafter or tiny_drafters(1, family)[0]], tiny_target(family))
+def session(kind: str = "llama", drafter: FeatureDrafter | None = None) -> EagleSession:
+    return EagleSession([drafter or drafter_of(kind)], tiny_target(family_of(kind)))
 
 
 def observe(each: EagleSession, tokens: torch.Tensor, features: torch.Tensor) -> None:
-    each.observe(tokens, {LAST: features})
+    layers = each.drafters[0].reads_layers
+    each.observe(tokens, dict(zip(layers, features.split(32, dim=-1))))
 
 
 def propose(each: EagleSession, root: torch.Tensor, shape=SHAPE) -> DraftTree:
@@ -120,7 +136,7 @@ def test_what_cannot_be_taken_back():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eager_and_sdpa_drafters_agree(family):
-    eager = copy.deepcopy(tiny_drafters(1, family)[0])
+    eager = copy.deepcopy(drafter_of(family))
     eager.trunk.set_attn_implementation("eager")
     assert eager.trunk.config._attn_implementation == "eager"
     tokens, features = slots(family)
@@ -142,11 +158,35 @@ def test_a_bfloat16_drafter_works_for_a_float32_target():
     torch.testing.assert_close(found[1].confidence, found[0].confidence, rtol=0.1, atol=0.1)
 
 
-def test_nothing_is_stored_on_the_models():
-    (drafter,), target = tiny_drafters(1), tiny_target()
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_chain_of_eagle3_is_what_the_paper_says(dialect):
+    """Context of fused features, then its own states: against a forward without cache or tree."""
+    (drafter,) = tiny_eagle3(dialect=dialect)
+    tokens, features = slots("eagle3", length=7)
+    each = session("eagle3", drafter)
+    observe(each, tokens, features)
+    tree = propose(each, tokens[-1:], ChainTree(4))
+    tensors, shape = tensors_of(drafter), shape_of(drafter)
+    embedding = tiny_target().get_input_embeddings().weight.detach()
+    read = reference.fuse(tensors, shape, list(features.split(32, dim=1)))
+    text, confidence = tokens.tolist(), 1.0
+    for depth in range(1, 5):
+        out = reference.eagle3(tensors, shape, embedding[text], read)
+        odds = reference.eagle3_logits(tensors, shape, out[-1:])[0].softmax(dim=0)
+        best = int(odds.argmax())
+        confidence *= float(odds[best])
+        text.append(int(drafter.draft_token_ids[best]))
+        read = torch.cat([read, out[-1:]])
+        assert tree.tokens[depth] == text[-1]
+        assert abs(float(tree.path_confidence[0, depth]) - confidence) < 1e-3 * confidence
+
+
+@pytest.mark.parametrize("kind", ["llama", "eagle3"])
+def test_nothing_is_stored_on_the_models(kind):
+    drafter, target = drafter_of(kind), tiny_target()
     before = [{**vars(module)} for model in (drafter, target) for module in model.modules()]
-    tokens, features = slots()
-    each = session()
+    tokens, features = slots(kind)
+    each = session(kind)
     observe(each, tokens, features)
     propose(each, tokens[-1:])
     after = [vars(module) for model in (drafter, target) for module in model.modules()]

@@ -14,7 +14,7 @@ from taps_hf.drafters.session import EagleSession
 from taps_hf.drafters.stacking import kept_stack, stack, stacking_key
 from taps_hf.target import LAST
 
-from ..tiny import needs_family, prompt, tiny_drafters, tiny_target
+from ..tiny import DIALECTS, needs_family, prompt, tiny_drafters, tiny_eagle3, tiny_target
 
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
 
@@ -40,6 +40,42 @@ def test_a_stack_computes_what_its_drafters_compute(family):
     for drafter, row, e, f in zip(drafters, found, embeds, features):
         alone = drafter(inputs_embeds=e[None], features=f[None]).last_hidden_state[0]
         torch.testing.assert_close(row, alone)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_stack_of_eagle3_computes_what_its_drafters_compute(dialect):
+    drafters = tiny_eagle3(3, dialect=dialect)
+    generator = torch.Generator().manual_seed(0)
+    embeds, states = torch.randn(3, 7, 32, generator=generator), torch.randn(3, 7, 64)
+    together = kept_stack(drafters)
+    hidden = together(embeds, together.fuse(states)).last_hidden_state
+    scores = together.scores(hidden)
+    for d, drafter in enumerate(drafters):
+        row = slice(d, d + 1)
+        alone = drafter(embeds[row], drafter.fuse(states[row])).last_hidden_state
+        torch.testing.assert_close(hidden[row], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores[row], drafter.scores(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rounds", [[[0, 1, 2], [1], [2], [0, 2], [0, 1, 2]]])
+def test_eagle3_drafters_run_as_one_grow_the_trees_they_grow_apart(rounds):
+    drafters, target = tiny_eagle3(3), tiny_target()
+    together = EagleSession(drafters, target)
+    apart = [EagleSession([drafter], target) for drafter in drafters]
+    generator = torch.Generator().manual_seed(1)
+    for asked in rounds:
+        tokens = torch.randint(0, 16, (4,), generator=generator)
+        states = {layer: torch.randn(4, 32, generator=generator) for layer in (0, 1)}
+        for session in (together, *apart):
+            session.observe(tokens, states)
+        request = DraftRequest(tokens[-1:], DynamicTree(4, 3, 12), 4)
+        found = together.propose(asked, request)
+        for index in asked:
+            tree = apart[index].propose((0,), request)[0]
+            assert torch.equal(found[index].tokens, tree.tokens)
+            torch.testing.assert_close(
+                found[index].path_confidence, tree.path_confidence, rtol=1e-3, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,9 +23,10 @@ from taps_hf.evaluation.live import run_live
 from taps_hf.evaluation.records import RecordOptions, RecordStore, record
 from taps_hf.evaluation.replay import OneByOne, replay
 from taps_hf.evaluation.variants import Variant, standard_variants
+from taps_hf.target import LAST
 
 from ..phrases import Phrases
-from ..tiny import FAMILIES, VOCAB, tiny_drafters, tiny_target
+from ..tiny import FAMILIES, VOCAB, tiny_drafters, tiny_eagle3, tiny_target
 from ..training.chat import CHATML, chat_tokenizer
 
 QUESTIONS = [
@@ -152,14 +153,26 @@ def test_costs_are_assumed_in_a_replay(tmp_path):
         next(replay(records, target, drafters, variants, WEIGHTS))
 
 
-def test_drafters_that_read_more_than_records_hold(tmp_path):
-    class Deep(Phrases):
-        reads_layers = (0, 1)
-
-    target, _, records = make(tmp_path, 0.0)
-    variants = [Variant("deep", ("math",), Single(0), DynamicTree())]
-    with pytest.raises(ValueError, match=r"'math' reads the target's layers \(0, 1\)"):
-        next(replay(records, target, {"math": Deep([1])}, variants, WEIGHTS))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_drafters_that_read_more_than_records_hold(tmp_path, family):
+    """EAGLE-3 reads other layers, whose states are computed: the cycles are those of live runs."""
+    target, options, records = make(tmp_path, 1.0, family)
+    drafters = dict(zip(NAMES, (*tiny_eagle3(2, family), *tiny_drafters(1, family))))
+    tree = DynamicTree(depth=4, top_k=3, num_nodes=10)
+    variants = [
+        Variant("eagle3", NAMES[:1], Single(0), tree),
+        Variant("kinds", NAMES, Merged(num_nodes=12), tree),
+        Variant("routed", NAMES, Confidence(), tree),
+    ]
+    accepted = set()
+    ended = {rows[0].record: rows for rows in replay(records, target, drafters, variants, WEIGHTS)}
+    for kept in records:
+        live = run_live(kept, target, drafters, variants, WEIGHTS, options)
+        for found, expected in zip(ended[kept.key], live):
+            for name in COMPARED:
+                assert getattr(found, name) == getattr(expected, name), (name, found, expected)
+            accepted.update(found.accepted)
+    assert {0, 1} <= accepted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -169,7 +182,8 @@ def test_trees_grown_together_are_those_grown_alone(tmp_path, family, draft_voca
     drafter = tiny_drafters(1, family, draft_vocab=draft_vocab)[0]
     shape = DynamicTree(depth=4, top_k=3, num_nodes=8)
     forest = Forest(drafter, target, shape, records)
-    alone = OneByOne(drafter, target, shape, records)
+    states = [{LAST: kept.features} for kept in records]
+    alone = OneByOne(drafter, target, shape, records, states)
     spots = [
         Spot(number, root, min(5, len(kept.tokens) - root))
         for number, kept in enumerate(records)

@@ -1,0 +1,228 @@
+"""`taps-hf convert` and `taps-hf export`: drafters from the formats of others, and to them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .drafters.configuration_eagle import tokenizer_fingerprint
+from .drafters.modeling_feature import FeatureDrafter
+from .embedded import EMBEDDED_TARGET, load_embedded_tokenizer
+from .files import ResultFolder, write_text
+from .formats.load import OURS, is_ours, read_drafter
+from .formats.writing import ENGINES, check_read_back, write, written_as
+from .loading import EMBEDDED, load_model
+from .validation import check_drafter
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_SERVED = {
+    "eagle": "the code of its paper reads this folder (`--ea-model-path`)",
+    "sglang": "python -m sglang.launch_server --model {target} "
+    "--speculative-algorithm {algorithm} --speculative-draft-model-path FOLDER "
+    "--speculative-num-steps 5 --speculative-eagle-topk 8 --speculative-num-draft-tokens 32{map}",
+    "vllm": "vllm serve {target} --speculative-config "
+    '\'{{"method": "{method}", "model": "FOLDER", "num_speculative_tokens": 3}}\'',
+    "speculators": "vllm serve FOLDER",
+}
+
+
+def convert(
+    source: str,
+    out: Path,
+    target: PreTrainedModel,
+    layer_ids: list[int] | None = None,
+    norm_output: bool | None = None,
+    fingerprint: str | None = None,
+) -> tuple[FeatureDrafter, list[str]]:
+    """Write somebody's drafter in our format, weights as they were saved.
+
+    Args:
+        source: folder or Hub name.
+        out: folder to write.
+        target: that it is for.
+        layer_ids, norm_output: as [`read_drafter`].
+        fingerprint: of the target's tokenizer.
+
+    Returns:
+        the drafter, and notes for the user.
+
+    Raises:
+        ValueError: if it cannot be read, is ours already, or does not fit the target.
+        OSError: if there is none.
+    """
+    used = {"source": [source]} if Path(source).exists() else {}
+    result = ResultFolder(out, "convert", used)
+    if is_ours(source) is not None:
+        raise ValueError(f"{source} is in our format already, expected one in another.")
+    drafter, notes = read_drafter(
+        source, target, pickles=True, layer_ids=layer_ids, norm_output=norm_output
+    )
+    check_drafter(source, drafter.to(target.device), target)
+    if drafter.config.tokenizer_fingerprint is None:
+        drafter.config.tokenizer_fingerprint = fingerprint
+    with result.writing() as folder:
+        drafter.save_pretrained(folder)
+        write_text(folder / "README.md", str(_card(drafter, source, notes)))
+    return drafter, notes
+
+
+def export(
+    drafter: FeatureDrafter,
+    out: Path,
+    target: PreTrainedModel,
+    to: str,
+    dtype: torch.dtype | None = None,
+    source: str | Path | None = None,
+) -> list[str]:
+    """Write a drafter as an engine reads it, read that back, and compare.
+
+    Args:
+        drafter: the drafter.
+        out: folder to write.
+        target: that it is for.
+        to: one of [`ENGINES`].
+        dtype: of the weights, by default the drafter's.
+        source: where the drafter lies, so that it is not written over.
+
+    Returns:
+        notes for the user.
+
+    Raises:
+        ValueError: if the engine cannot serve it, with the reason.
+    """
+    used = {"drafter": [source]} if source is not None and Path(source).exists() else {}
+    result = ResultFolder(out, "export", used)
+    check_drafter(str(source or drafter.name_or_path), drafter, target)
+    written = written_as(to, drafter, target, dtype)
+    with result.writing() as folder:
+        write(written, folder)
+        check_read_back(folder, drafter, target, drafter.dtype if dtype is None else dtype)
+        write_text(folder / "README.md", _served(drafter, to, written.notes))
+    return written.notes
+
+
+def _card(drafter: FeatureDrafter, source: str, notes: list[str]) -> ModelCard:
+    config = drafter.config
+    name, target = Path(source).name, config.target_name_or_path or "a target without a name"
+    data = ModelCardData(
+        base_model=None if Path(target).is_dir() else config.target_name_or_path,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", config.backbone, "taps-hf"],
+    )
+    said = "".join(f"- {note}\n" for note in notes) or "- nothing\n"
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {name}, for taps-hf
+
+A drafter for {Path(target).name if Path(target).is_dir() else target}, converted from {name} with
+`taps-hf convert`: its weights as they were, without copies of the target's embedding and head.
+
+    import taps_hf
+    target.generate(**inputs, assistant_models=["FOLDER OR HUB NAME"])
+
+What its files left open or contradicted:
+
+{said}"""
+    )
+
+
+def _served(drafter: FeatureDrafter, to: str, notes: list[str]) -> str:
+    new = drafter.has_own_head
+    command = _SERVED[to].format(
+        target=drafter.config.target_name_or_path or "TARGET",
+        algorithm="EAGLE3" if new else "EAGLE",
+        method="eagle3" if new else "eagle",
+        map=""
+        if new or drafter.draft_token_ids is None
+        else " --speculative-token-map FOLDER/token_map.pt",
+    )
+    said = "".join(f"- {note}\n" for note in notes)
+    return f"# A drafter for {to}\n\nWritten by `taps-hf export`.\n\n    {command}\n\n{said}"
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    """Add `taps-hf convert`."""
+    parser = commands.add_parser(
+        "convert",
+        help="write somebody's EAGLE, HASS, TAPS or EAGLE-3 head in our format",
+        description="Formats are recognised; pickles (pytorch_model.bin) are read as tensors only.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub name")
+    parser.add_argument("--target", required=True, help=f"folder, Hub name, or {EMBEDDED}")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--layer-ids",
+        type=int,
+        nargs="+",
+        metavar="L",
+        help="which hidden_states of the target an EAGLE-3 head reads, if its file is not believed",
+    )
+    parser.add_argument(
+        "--norm-output",
+        choices=["true", "false"],
+        help="whether an EAGLE-3 head feeds itself normalised states, if its file is not believed",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    target = load_model(options.target, torch.bfloat16, "cpu")
+    norm_output = None if options.norm_output is None else options.norm_output == "true"
+    fingerprint = None
+    if options.target == EMBEDDED:
+        fingerprint = tokenizer_fingerprint(load_embedded_tokenizer())
+    drafter, notes = convert(
+        options.source, options.out, target, options.layer_ids, norm_output, fingerprint
+    )
+    for note in notes:
+        print(f"Note: {note}.")
+    print(f"Wrote {options.out}: {drafter.config.backbone}, {_size(drafter)}")
+
+
+def _size(drafter: FeatureDrafter) -> str:
+    millions = sum(p.numel() for p in drafter.parameters()) / 1e6
+    scored = f"{drafter.num_scored_tokens} of {drafter.config.vocab_size} tokens"
+    reads = ""
+    if drafter.has_own_head:
+        reads = f", reading hidden_states {drafter.config.layer_ids}"
+    return f"{millions:.1f} million weights, scoring {scored}{reads}"
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    """Add `taps-hf export`."""
+    parser = commands.add_parser(
+        "export",
+        help="write a drafter as the papers' code, SGLang or vLLM read it",
+        description="What the engine cannot serve is refused, and what was written is read back.",
+    )
+    parser.add_argument("drafter", metavar="DRAFTER", help="folder or Hub name, in our format")
+    parser.add_argument("--to", required=True, choices=list(ENGINES))
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--target", help="folder, Hub name, or embedded (default: what the drafter was trained for)"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: the drafter's)")
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    kind = is_ours(options.drafter)
+    if kind is None:
+        raise ValueError(f"{options.drafter} is not in our format, expected what `convert` writes.")
+    drafter = OURS[kind].from_pretrained(options.drafter, dtype="auto").eval()
+    name = options.target or drafter.config.target_name_or_path
+    if name is None:
+        raise ValueError("The drafter names no target, expected `--target`.")
+    target = load_model(EMBEDDED if name == EMBEDDED_TARGET else name, torch.float32, "cpu")
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    for note in export(drafter, options.out, target, options.to, dtype, options.drafter):
+        print(f"Note: {note}.")
+    print(f"Wrote {options.out} for {options.to}; read back, it scores the same")
