@@ -14,6 +14,7 @@ from .candidate_generator import TreeCandidateGenerator
 from .drafters.averaging import average_drafters
 from .drafters.base import Drafter, DrafterSession, DraftRequest
 from .drafters.configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
+from .drafters.lookup import PromptLookup
 from .drafters.modeling_eagle import EagleDrafter
 from .extension import disable, enable, is_enabled
 from .generation import SpeculativeDecoding
@@ -63,6 +64,7 @@ __all__ = [
     "GenerationContext",
     "LearntCosts",
     "Merged",
+    "PromptLookup",
     "SampledProposals",
     "Single",
     "SpeculativeDecoderOnlyOutput",

@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .generation import SpeculativeDecoding
 
-_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle")
+_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle", "lookup")
 _MARK = "_taps_hf_original"
 
 

@@ -25,7 +25,7 @@ CHAIN = taps_hf.ChainTree(2)
 
 
 def test_assistant_models():
-    refused("`assistant_models` is empty", assistant_models=[])
+    refused("`assistant_models` is empty", assistant_models=[], lookup=False)
     refused("`assistant_models` is .*LlamaForCausalLM", assistant_models=[tiny_target()])
     refused("`assistant_models` is .*str", assistant_models="some/name")
     refused("`assistant_models` is None, but strategy", assistant_models=None, strategy="merged")

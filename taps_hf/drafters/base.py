@@ -46,6 +46,9 @@ class Drafter(ABC):
     tokenizer_fingerprint: str | None = None
     """Of the tokenizer it was made for, see [`configuration_eagle.tokenizer_fingerprint`]."""
 
+    is_free: bool = False
+    """Whether proposing costs next to nothing beside a pass of any model."""
+
     name_or_path: str = ""
     """Where it came from: its last part names a drafter whose user gave it no name."""
 
@@ -54,6 +57,11 @@ class Drafter(ABC):
 
     def run_key(self) -> Hashable:
         """Drafters of one class with equal keys may share a session (see [`runs_as_one`])."""
+        return self.serial_number
+
+    @property
+    def serial_number(self) -> int:
+        """Of this object among all drafters."""
         return vars(self).setdefault("_serial_number", next(_SERIAL_NUMBERS))
 
     @classmethod

@@ -32,6 +32,11 @@ def layers_read(drafters: Iterable[Drafter]) -> tuple[int, ...]:
     return tuple(sorted({layer for drafter in drafters for layer in drafter.reads_layers}))
 
 
+def free_among(drafters: Sequence[Drafter]) -> tuple[int, ...]:
+    """Indices of the drafters that cost next to nothing."""
+    return tuple(index for index, drafter in enumerate(drafters) if drafter.is_free)
+
+
 def _same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
     return [id(one) for one in some] == [id(one) for one in others]
 

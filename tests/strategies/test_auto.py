@@ -243,4 +243,4 @@ def test_a_shape_that_cannot_be_hashed_is_grown_and_costed():
             return_dict_in_generate=True,
         )
         assert torch.equal(found.sequences, plain)
-        assert max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 6
+        assert max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 9  # of three drafters, a lookup among them
