@@ -243,4 +243,7 @@ def test_a_shape_that_cannot_be_hashed_is_grown_and_costed():
             return_dict_in_generate=True,
         )
         assert torch.equal(found.sequences, plain)
-        assert max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 9  # of three drafters, a lookup among them
+        # Of three drafters, a lookup among them.
+        assert max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 9
+            max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 9
+        )  # of three drafters, a lookup among them
