@@ -39,8 +39,8 @@ class Auto(Strategy):
     * Free drafters (lookups) always draft. The others wait until these have proposed, and draft
       where what they bring on average, as far as it is not foreseen already, is worth their time.
     * Which others: those that alone would have been the fastest in the last cycles in which all
-      ran. All run in every `explore`-th cycle, and when the chosen ones fail twice running; so a
-      change of topic is noticed within `explore` cycles.
+      ran. All are wanted in every `explore`-th cycle with a draft, and when the chosen ones fail
+      twice running; so a change of topic is noticed within `explore` cycles.
     * If no choice beats plain steps (those with free drafters), a few of these follow before all
       drafters are tried again: 4, then twice as many after each failure, up to `longest_pause`.
     * What was learnt in earlier answers of the target with these drafters is where the next one
@@ -113,6 +113,9 @@ class _Running(Strategy):
         self._since_look = settings.explore  # cycles with a draft since the last of these
         self._asked_before: tuple[int, ...] = ()
         self._pause, self._pauses = 0, 0  # plain steps left; pauses running
+        # The fastest when they were last compared: before that the cheapest one.
+        self._chosen = tuple(sorted(self._priced, key=lambda i: costs.draft((i,)).first)[:1])
+        self._waited = 0  # cycles since somebody drafted whose drafts cost time
         self._misses = 0  # cycles running in which the chosen drafters brought nothing
         self._passes = costs.up_to(128)  # by number of rows; grows with the trees
         self._plain = costs.target_seconds(1)
@@ -138,8 +141,9 @@ class _Running(Strategy):
 
     def ask(self, everyone: tuple[int, ...]) -> tuple[int, ...]:
         wanted = self._plan()
-        # A look is at all of them, and where nothing is free there is nothing to wait for.
-        waits = self._free and wanted != self._priced
+        # Where nothing is free there is nothing to wait for; and who waited for long may be better
+        # by now than it is remembered.
+        waits = self._free and self._waited < self.settings.longest_pause
         self._wanted = wanted if waits else ()
         self._asked = self._free if waits else tuple(sorted((*self._free, *wanted)))
         return self._asked
@@ -152,7 +156,7 @@ class _Running(Strategy):
         due = len(self._looks) < 2 or self._since_look >= self.settings.explore - 1
         if due or self._misses >= 2:
             return self._priced
-        chosen = self._looks.fastest(self._priced, self._habits.levels)
+        self._chosen = chosen = self._looks.fastest(self._priced, self._habits.levels)
         if chosen:
             self._pauses = 0
         elif self._pauses == 0 and len(self._looks) < self._LOOKS_TO_GIVE_UP:
@@ -167,7 +171,7 @@ class _Running(Strategy):
     def ask_also(self, trees: Mapping[int, DraftTree]) -> tuple[int, ...]:
         if not self._wanted:
             return ()
-        draft = self.costs.draft(self._wanted)
+        draft = self.costs.draft(self._chosen or self._wanted)  # what a look costs more is its own
         seconds = draft.first + (self._habits.levels - 1) * draft.level
         foreseen = self._foreseen(trees)
         gain = sum(
@@ -231,6 +235,7 @@ class _Running(Strategy):
         self._tokens = self._RATE_DECAY * self._tokens + len(outcome.tokens)
         self._seconds = self._RATE_DECAY * self._seconds + seconds
         self._asked_before = self._asked
+        self._waited = 0 if self._drafting else self._waited + 1
         self._forget_cycle()  # the next one may end before anyone is asked
 
     def _learn(self, outcome: CycleOutcome) -> None:

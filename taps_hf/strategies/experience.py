@@ -24,13 +24,13 @@ class Habits:
         nodes: verified nodes.
         levels: that drafters grew.
         survival: of cycles in which drafters that are not free were asked, the share in which they
-            were right for at least so many tokens: from 1 on.
+            were right for at least so many tokens: from 1 on. High at first: they are to be tried.
     """
 
     deeper: float = 0.6
     nodes: float = 8.0
     levels: float = 3.0
-    survival: tuple[float, ...] = (0.6, 0.36, 0.2, 0.12, 0.07, 0.04, 0.02, 0.01)
+    survival: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05)
 
 
 class Experience:
