@@ -13,6 +13,7 @@ from .cache import crop_to_shared
 from .candidate_generator import TreeCandidateGenerator
 from .drafters.averaging import average_drafters
 from .drafters.base import Drafter, DrafterSession, DraftRequest
+from .drafters.causal import CausalDrafter
 from .drafters.configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
 from .drafters.lookup import PromptLookup
 from .drafters.modeling_eagle import EagleDrafter
@@ -43,6 +44,7 @@ from .version import __version__
 __all__ = [
     "LAST",
     "Auto",
+    "CausalDrafter",
     "ChainTree",
     "Choice",
     "Confidence",

@@ -15,6 +15,7 @@ from transformers.generation import GenerationMode
 
 from .cache import CACHE, check_cache
 from .drafters.base import Drafter
+from .drafters.causal import CausalDrafter
 from .drafters.configuration_eagle import tokenizer_fingerprint
 from .drafters.lookup import PromptLookup
 from .strategies import Strategy
@@ -32,8 +33,8 @@ _KNOWN_MODEL_KWARGS = {
     "use_cache",
 }
 _EXPECTED = (
-    "expected at least one taps_hf.Drafter, as an EagleDrafter is (a list of them, or a dictionary "
-    "from names to them)"
+    "expected at least one taps_hf.Drafter, as an EagleDrafter is, or causal language model (a "
+    "list of them, or a dictionary from names to them)"
 )
 _LOOKUP = PromptLookup()
 _FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
@@ -60,10 +61,18 @@ def named_drafters(
             named[f"{name} ({i})" if name in named else name] = drafter
     else:
         named = {"assistant_models": assistant_models}
+    named = {name: _as_drafter(drafter) for name, drafter in named.items()}
     wrong = {name: type(d).__name__ for name, d in named.items() if not isinstance(d, Drafter)}
     if wrong:
         raise ValueError(f"`assistant_models` is {wrong}, {_EXPECTED}.")
     return named
+
+
+def _as_drafter(given: Any) -> Any:
+    """What `assistant_models` takes for a drafter: a causal language model is made one."""
+    if isinstance(given, PreTrainedModel) and not isinstance(given, Drafter):
+        return CausalDrafter.of(given)
+    return given
 
 
 def check_some(drafters: dict[str, Drafter]) -> dict[str, Drafter]:

@@ -26,7 +26,8 @@ CHAIN = taps_hf.ChainTree(2)
 
 def test_assistant_models():
     refused("`assistant_models` is empty", assistant_models=[], lookup=False)
-    refused("`assistant_models` is .*LlamaForCausalLM", assistant_models=[tiny_target()])
+    refused("is the target itself", assistant_models=[tiny_target()])
+    refused("LlamaModel has no LM head", assistant_models=[tiny_target().base_model])
     refused("`assistant_models` is .*str", assistant_models="some/name")
     refused("`assistant_models` is None, but strategy", assistant_models=None, strategy="merged")
 
