@@ -16,6 +16,7 @@ from .drafters.base import Drafter, DrafterSession, DraftRequest
 from .drafters.causal import CausalDrafter
 from .drafters.configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
 from .drafters.lookup import PromptLookup
+from .drafters.memory import AnswerMemory
 from .drafters.modeling_eagle import EagleDrafter
 from .extension import disable, enable, is_enabled
 from .generation import SpeculativeDecoding
@@ -43,6 +44,7 @@ from .version import __version__
 
 __all__ = [
     "LAST",
+    "AnswerMemory",
     "Auto",
     "CausalDrafter",
     "ChainTree",

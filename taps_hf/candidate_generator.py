@@ -142,7 +142,11 @@ class TreeCandidateGenerator(CandidateGenerator):
         self.strategy.observe(outcome)
 
     def lay_by(self) -> None:
-        """Keep what drafters know for a generation that goes on from the same cache."""
+        """Keep what drafters know for a generation that goes on from the same cache.
+
+        For the end of a generation; not of one that an exception ended.
+        """
+        self._ensemble.finish()
         if self._cache is not None:
             lay_by(self._ensemble, self._cache)
 

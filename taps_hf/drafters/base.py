@@ -154,6 +154,9 @@ class DrafterSession(ABC):
             whether that was possible. If not, the session is not used any more.
         """
 
+    def finish(self) -> None:  # noqa: B027 (most know what they have heard)
+        """Hear that a generation has ended as it should. Another one may go on from there."""
+
     def is_current(self) -> bool:
         """Whether its drafters are still what they were when it began."""
         return True

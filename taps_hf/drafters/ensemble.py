@@ -101,6 +101,11 @@ class Ensemble:
                 found[index] = tree
         return found
 
+    def finish(self) -> None:
+        """Tell all drafters that the generation has ended as it should."""
+        for session in self.sessions:
+            session.finish()
+
     def go_on_from(self, earlier: Ensemble, surplus: int) -> None:
         """Take over what drafters of an earlier generation know.
 

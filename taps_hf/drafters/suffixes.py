@@ -13,7 +13,7 @@ are. So a count says after how many *different* longer contexts a token came: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class SuffixAutomaton:
@@ -61,6 +61,17 @@ class SuffixAutomaton:
         while state > 0:
             yield state
             state = self._link[state]
+
+    def find(self, text: Sequence[int]) -> tuple[int, int]:
+        """Of a text's longest suffix that stands in this one the state, and how long it is."""
+        state = matched = 0
+        for token in text:
+            while state and token not in self._next[state]:
+                state = self._link[state]
+                matched = self._length[state]
+            if token in self._next[state]:
+                state, matched = self._next[state][token], matched + 1
+        return state, matched
 
     def add(self, token: int) -> None:
         """Let the text go on with a token."""

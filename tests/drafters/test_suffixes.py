@@ -109,3 +109,22 @@ def test_the_empty_context_is_no_match():
     assert automaton.longest_match == 0
     assert list(automaton.contexts(automaton.longest_match)) == []
     assert SuffixAutomaton().longest_match == 0
+
+
+@pytest.mark.parametrize("text", texts(), ids=lambda text: f"{len(text)} of {len(set(text))}")
+def test_the_end_of_another_text_is_found(text):
+    automaton = read(text)
+    generator = random.Random(len(text))
+    for _ in range(20):
+        other = [generator.randrange(max(text) + 2) for _ in range(generator.randrange(12))]
+        start = generator.randrange(len(text))
+        other += text[start : start + generator.randrange(6)]
+        longest = max(
+            size
+            for size in range(len(other) + 1)
+            if ends(text, tuple(other[len(other) - size :])) or not size
+        )
+        assert automaton.find(other) == (
+            state_of(automaton, tuple(other[len(other) - longest :])),
+            longest,
+        )
