@@ -18,7 +18,7 @@ from .lookup import grow
 from .suffixes import SuffixAutomaton
 
 _LONGEST_MATCH = 32  # tokens that are compared: beyond that nothing gets surer
-_LEAST_MATCH = 3  # below that, what others texts say says little about this one
+_LEAST_MATCH = 3  # below that, what other texts say says little about this one
 _WHAT = "the answers of a taps_hf.AnswerMemory"
 
 
@@ -192,9 +192,9 @@ class MemorySession(DrafterSession):
 
     def forget(self, count: int) -> bool:
         self._read()
-        # The rest of the end may be too short to match; no other session knows more.
+        # What is left of the end may be too short to match: the next tokens make up for that.
         del self._end[max(len(self._end) - count, 0) :]
-        return bool(self._end)
+        return True
 
     def finish(self) -> None:
         self._read()
