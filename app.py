@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from taps_hf.checks import FINITE, Range, check_device, check_numbers
@@ -19,7 +20,7 @@ from taps_hf.command import Parser, run_command
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 
 try:
-    from taps_hf.demo.models import ModelSpec, default_device, default_target
+    from taps_hf.demo.models import LOOKUP, ModelSpec, default_device, default_target
     from taps_hf.demo.page import PageOptions, serve
     from taps_hf.demo.settings import Limits
 except ModuleNotFoundError as error:
@@ -42,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME=PATH",
         default=[f"{name}={_CARDS / folder}" for name, folder in EMBEDDED_DRAFTERS.items()],
         help="folders or Hub names (default: math and chat, from hub_cards/)",
+    )
+    parser.add_argument(
+        "--lookup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a drafter that looks up in the text, beside the others (default: yes)",
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default=default_device(), help="%(default)s")
@@ -72,9 +79,12 @@ def _serve(given: argparse.Namespace) -> None:
     check_device(given.device)
     # Only that these are numbers: what they may be, the page's limits say.
     check_numbers(given, {"max_seconds": FINITE, "port": Range(at_least=1, at_most=65535)})
+    models = ModelSpec.parse(given.target, given.drafters, given.dtype, given.device)
+    if given.lookup and LOOKUP not in dict(models.drafters):
+        models = replace(models, drafters=(*models.drafters, (LOOKUP, LOOKUP)))
     serve(
         PageOptions(
-            ModelSpec.parse(given.target, given.drafters, given.dtype, given.device),
+            models,
             Limits(
                 prompt_tokens=given.max_prompt_tokens,
                 new_tokens=given.max_new_tokens,

@@ -11,12 +11,15 @@ from taps_hf import Auto, Confidence, DynamicTree, EagleDrafter, Merged, Single,
 STRATEGIES = (
     "auto",
     "auto-all",
+    "auto-learned",
+    "lookup",
     "prompt-lookup",
     "single",
     "confidence",
     "confidence-per-prompt",
     "merged",
     "merged-equal-budget",
+    "merged-with-lookup",
     "concatenated",
 )
 PROMPT_LOOKUP = 10  # tokens that transformers' prompt lookup proposes, as its documentation does
@@ -30,11 +33,15 @@ class Variant:
         name: as it is shown.
         strategy: how drafters are composed; None for transformers' own prompt lookup.
         tree: of each drafter; None for the strategy's own.
+        lookup: whether a lookup is added to the drafters.
+        learned: whether drafters that were trained are used at all.
     """
 
     name: str
     strategy: Strategy | None
     tree: DynamicTree | None
+    lookup: bool = False
+    learned: bool = True
 
     def arguments(self, drafters: Mapping[str, EagleDrafter]) -> dict[str, Any]:
         """What `generate` gets."""
@@ -44,7 +51,12 @@ class Variant:
         if isinstance(self.strategy, Single):  # others would not draft, but read along
             name = list(drafters)[self.strategy.index]
             return {"assistant_models": [drafters[name]], **tree}
-        return {"assistant_models": drafters, "strategy": self.strategy, **tree}
+        return {
+            "assistant_models": drafters if self.learned else [],
+            "strategy": self.strategy,
+            "lookup": self.lookup,
+            **tree,
+        }
 
 
 def variants(
@@ -57,15 +69,20 @@ def variants(
     Args:
         drafters: their names, in the order in which `generate` gets them.
         trees: (depth, top_k, num_nodes) of each drafter's tree.
-        strategies: some of `STRATEGIES`. "auto-all" is auto with all drafters in every cycle.
-            "merged" verifies the union of all trees, up to num_nodes
-            for each drafter; "merged-equal-budget" the num_nodes best of it.
+        strategies: some of `STRATEGIES`. "auto-all" is auto with all drafters in every cycle,
+            "auto-learned" auto without lookups, "lookup" auto with nothing else. "merged" verifies
+            the union of all trees, up to num_nodes for each drafter; "merged-equal-budget" the
+            num_nodes best of it, and "merged-with-lookup" those of a lookup's tree as well.
     """
     found = []
     if "auto" in strategies:
-        found.append(Variant("auto", Auto(), None))
+        found.append(Variant("auto", Auto(), None, lookup=True))
     if "auto-all" in strategies and len(drafters) > 1:
-        found.append(Variant("auto-all", Auto(explore=1), None))
+        found.append(Variant("auto-all", Auto(explore=1), None, lookup=True))
+    if "auto-learned" in strategies:
+        found.append(Variant("auto-learned", Auto(), None))
+    if "lookup" in strategies:
+        found.append(Variant("lookup", Auto(), None, lookup=True, learned=False))
     if "prompt-lookup" in strategies:
         found.append(Variant("prompt-lookup", None, None))
     for depth, top_k, num_nodes in trees:
@@ -82,7 +99,9 @@ def variants(
         }
         if len(drafters) > 1:
             ways |= {name: way for name, way in several.items() if name in strategies}
-        found += [
-            Variant(f"{name} {depth},{top_k},{num_nodes}", s, tree) for name, s in ways.items()
-        ]
+        label = f"{depth},{top_k},{num_nodes}"
+        found += [Variant(f"{name} {label}", way, tree) for name, way in ways.items()]
+        if "merged-with-lookup" in strategies:
+            way = Merged(num_nodes=num_nodes)
+            found.append(Variant(f"merged-with-lookup {label}", way, tree, lookup=True))
     return found

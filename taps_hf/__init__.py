@@ -13,8 +13,11 @@ from .cache import crop_to_shared
 from .candidate_generator import TreeCandidateGenerator
 from .drafters.averaging import average_drafters
 from .drafters.base import Drafter, DrafterSession, DraftRequest
+from .drafters.causal import CausalDrafter
 from .drafters.configuration_eagle import EagleDrafterConfig, tokenizer_fingerprint
 from .drafters.configuration_eagle3 import Eagle3DrafterConfig
+from .drafters.lookup import PromptLookup
+from .drafters.memory import AnswerMemory
 from .drafters.modeling_eagle import EagleDrafter
 from .drafters.modeling_eagle3 import Eagle3Drafter
 from .extension import disable, enable, is_enabled
@@ -44,7 +47,9 @@ from .version import __version__
 
 __all__ = [
     "LAST",
+    "AnswerMemory",
     "Auto",
+    "CausalDrafter",
     "ChainTree",
     "Choice",
     "Confidence",
@@ -68,6 +73,7 @@ __all__ = [
     "GenerationContext",
     "LearntCosts",
     "Merged",
+    "PromptLookup",
     "SampledProposals",
     "Single",
     "SpeculativeDecoderOnlyOutput",

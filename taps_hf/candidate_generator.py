@@ -10,11 +10,12 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .drafters.base import Drafter, DraftRequest
-from .drafters.ensemble import Ensemble, ensemble_for, lay_by, layers_read
+from .drafters.ensemble import Ensemble, ensemble_for, free_among, lay_by, layers_read
 from .measuring import learnt_costs
 from .strategies import Choice, CycleOutcome, GenerationContext, Strategy
 from .strategies.checks import check_asked, checked_choice
 from .strategies.costs import LearntCosts
+from .strategies.experience import experience_of
 from .target import LAST
 from .trees.shapes import TreeShape
 from .trees.tree import DraftTree
@@ -62,7 +63,14 @@ class TreeCandidateGenerator(CandidateGenerator):
         self._sample_temperature = sample_temperature
         self._with_entropy = with_entropy or strategy.needs_entropy
         measure = costs or (lambda: learnt_costs(target, drafters, tree))
-        context = GenerationContext(len(drafters), target.device, measure)
+        serials = tuple(drafter.serial_number for drafter in drafters)
+        context = GenerationContext(
+            len(drafters),
+            target.device,
+            measure,
+            free=free_among(drafters),
+            experience=lambda: experience_of(target, serials),
+        )
         self.strategy = strategy.begin(context)
         if not isinstance(self.strategy, Strategy):
             raise ValueError(
@@ -118,6 +126,9 @@ class TreeCandidateGenerator(CandidateGenerator):
             self._with_entropy,
         )
         trees = self._ensemble.propose(asked, request)
+        also = check_asked(self.strategy, self.strategy.ask_also(trees), count, asked)
+        if also:
+            trees |= self._ensemble.propose(also, request)
         if not trees:
             return nothing
         choice = self.strategy.compose(trees)
@@ -131,7 +142,11 @@ class TreeCandidateGenerator(CandidateGenerator):
         self.strategy.observe(outcome)
 
     def lay_by(self) -> None:
-        """Keep what drafters know for a generation that goes on from the same cache."""
+        """Keep what drafters know for a generation that goes on from the same cache.
+
+        For the end of a generation; not of one that an exception ended.
+        """
+        self._ensemble.finish()
         if self._cache is not None:
             lay_by(self._ensemble, self._cache)
 

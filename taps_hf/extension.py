@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from .formats.names import with_loaded
 from .generation import SpeculativeDecoding
 
-_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle")
+_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle", "lookup")
 _MARK = "_taps_hf_original"
 
 

@@ -24,7 +24,7 @@ from .cache import CACHE
 from .candidate_generator import TreeCandidateGenerator
 from .drafters.base import Drafter
 from .drafters.ensemble import layers_read
-from .strategies import Strategy, get_strategy
+from .strategies import Auto, Strategy, get_strategy
 from .target import TargetSession
 from .trace import CycleTrace, Recorder, SpeculativeDecoderOnlyOutput
 from .trees.shapes import DynamicTree, TreeShape
@@ -32,9 +32,11 @@ from .validation import (
     check_call,
     check_drafter,
     check_settings,
+    check_some,
     check_target,
     check_tokenizer,
     named_drafters,
+    with_lookup,
 )
 from .verification import VERIFIERS, Walk
 
@@ -52,9 +54,10 @@ class SpeculativeDecoding:
     `on_cycle` belong to one call.
 
     Args:
-        assistant_models: a drafter, a list of them, or a dictionary from names to them.
-        strategy: a registered name or a [`Strategy`]. Default: "single" for one drafter, "auto"
-            for several ("merged" with rejection).
+        assistant_models: a drafter, a list of them, or a dictionary from names to them. With a
+            lookup it may be empty.
+        strategy: a registered name or a [`Strategy`]. Default: "single" for one drafter that is
+            not free, "auto" otherwise ("merged" with rejection).
         tree: shape of each drafter's tree. Default: `DynamicTree()`; what "auto" grows at most is
             larger.
         verification: "walk" (deterministic proposals; greedy or seed-exact sampling) or "rejection"
@@ -66,6 +69,8 @@ class SpeculativeDecoding:
             a streamer it belongs to one call.
         streamer: needed here only with `custom_generate=`, which does not hand on `generate`'s;
             give it to both.
+        lookup: whether a [`PromptLookup`] is added to the drafters, unless there is one among them.
+            Default: with "auto", which is asked for proposals that cost nothing.
         tokenizer: if given, drafters are checked to have been trained with its vocabulary.
 
     Raises:
@@ -82,13 +87,17 @@ class SpeculativeDecoding:
         streamer: BaseStreamer | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         on_cycle: Callable[[CycleTrace], None] | None = None,
+        lookup: bool | None = None,
     ) -> None:
-        self.drafters = named_drafters(assistant_models)
+        given = named_drafters(assistant_models)
         if strategy is None:
-            # Sampled proposals cannot be sized by confidence: it would be that of what was sampled.
-            several = "merged" if verification == "rejection" else "auto"
-            strategy = "single" if len(self.drafters) == 1 else several
+            strategy = _default_strategy(list(given.values()), verification)
         self.strategy = get_strategy(strategy)
+        if lookup not in (None, True, False):
+            raise ValueError(f"`lookup` is {lookup!r}, expected True, False, or None.")
+        if lookup is None:
+            lookup = isinstance(self.strategy, Auto) and verification != "rejection"
+        self.drafters = with_lookup(given) if lookup else check_some(given)
         self.tree = DynamicTree(*self.strategy.tree_limits) if tree is None else tree
         self.verification = verification
         self.output_draft_trees = output_draft_trees
@@ -176,6 +185,13 @@ class SpeculativeDecoding:
             draft_trace=recorder.trace,
             **{CACHE: cache},
         )
+
+
+def _default_strategy(drafters: Sequence[Drafter], verification: str) -> str:
+    alone = len(drafters) == 1 and not drafters[0].is_free
+    # Sampled proposals cannot be sized by confidence: it would be that of what was sampled.
+    several = "merged" if verification == "rejection" else "auto"
+    return "single" if alone else several
 
 
 def decode(

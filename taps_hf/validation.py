@@ -15,7 +15,9 @@ from transformers.generation import GenerationMode
 
 from .cache import CACHE, check_cache
 from .drafters.base import Drafter
+from .drafters.causal import CausalDrafter
 from .drafters.configuration_eagle import tokenizer_fingerprint
+from .drafters.lookup import PromptLookup
 from .strategies import Strategy
 from .target import check_forward, check_layers, masks_windows
 from .trees.shapes import TreeShape
@@ -30,6 +32,11 @@ _KNOWN_MODEL_KWARGS = {
     "position_ids",
     "use_cache",
 }
+_EXPECTED = (
+    "expected at least one taps_hf.Drafter, as an EagleDrafter is, or causal language model (a "
+    "list of them, or a dictionary from names to them)"
+)
+_LOOKUP = PromptLookup()
 _FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -40,7 +47,7 @@ def named_drafters(
     """Drafters by name: the given names, or the last part of their paths (made unique).
 
     Raises:
-        ValueError: unless there is at least one drafter and nothing else.
+        ValueError: unless they are drafters. There may be none: see [`check_some`].
     """
     if isinstance(assistant_models, Drafter):
         assistant_models = [assistant_models]
@@ -54,13 +61,40 @@ def named_drafters(
             named[f"{name} ({i})" if name in named else name] = drafter
     else:
         named = {"assistant_models": assistant_models}
+    named = {name: _as_drafter(drafter) for name, drafter in named.items()}
     wrong = {name: type(d).__name__ for name, d in named.items() if not isinstance(d, Drafter)}
-    if wrong or not named:
-        raise ValueError(
-            f"`assistant_models` is {wrong or 'empty'}, expected at least one taps_hf.Drafter, as "
-            "an EagleDrafter is (a list of them, or a dictionary from names to them)."
-        )
+    if wrong:
+        raise ValueError(f"`assistant_models` is {wrong}, {_EXPECTED}.")
     return named
+
+
+def _as_drafter(given: Any) -> Any:
+    """What `assistant_models` takes for a drafter: a causal language model is made one."""
+    if isinstance(given, PreTrainedModel) and not isinstance(given, Drafter):
+        return CausalDrafter.of(given)
+    return given
+
+
+def check_some(drafters: dict[str, Drafter]) -> dict[str, Drafter]:
+    """The drafters, if there are any.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not drafters:
+        raise ValueError(f"`assistant_models` is empty and no `lookup` was asked for, {_EXPECTED}.")
+    return drafters
+
+
+def with_lookup(drafters: Mapping[str, Drafter]) -> dict[str, Drafter]:
+    """The drafters and, unless there is one among them, a lookup: always the same object, so that
+    what is known of it is known in the next call.
+    """
+    if any(isinstance(drafter, PromptLookup) for drafter in drafters.values()):
+        return dict(drafters)
+    names = ("lookup", *(f"lookup ({i})" for i in range(1, len(drafters) + 1)))
+    name = next(name for name in names if name not in drafters)
+    return {**drafters, name: _LOOKUP}
 
 
 def check_settings(

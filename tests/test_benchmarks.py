@@ -147,9 +147,11 @@ def test_interval_of_a_median_narrows_and_repeats():
 
 def test_variants():
     ways = variants(["math", "chat"], [(3, 8, 8), (5, 8, 24)])
-    assert [way.name for way in ways][:10] == [
+    assert [way.name for way in ways][:13] == [
         "auto",
         "auto-all",
+        "auto-learned",
+        "lookup",
         "prompt-lookup",
         "single math 3,8,8",
         "single chat 3,8,8",
@@ -158,10 +160,18 @@ def test_variants():
         "merged 3,8,8",
         "merged-equal-budget 3,8,8",
         "concatenated 3,8,8",
+        "merged-with-lookup 3,8,8",
     ]
-    assert len(ways) == 17
-    assert ways[15].strategy.num_nodes == 24
-    found = variants(["only"], [(2, 4, 4)])
+    assert len(ways) == 21
+    assert ways[18].strategy.num_nodes == ways[20].strategy.num_nodes == 24
+    assert [way.name for way in ways if way.lookup] == [
+        "auto",
+        "auto-all",
+        "lookup",
+        "merged-with-lookup 3,8,8",
+        "merged-with-lookup 5,8,24",
+    ]
+    found = variants(["only"], [(2, 4, 4)], ["auto", "prompt-lookup", "single", "confidence"])
     assert [way.name for way in found] == ["auto", "prompt-lookup", "single only 2,4,4"]
 
 

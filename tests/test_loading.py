@@ -36,7 +36,7 @@ def test_a_drafter_is_what_its_folder_says(folder, tmp_path):
     assert type(load_drafter(str(folder), target)) is EagleDrafter
     assert type(load_drafter(str(tmp_path / "eagle3"), target)) is Eagle3Drafter
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="holds weights of ours without our config.json"):
+    with pytest.raises(ValueError, match="holds weights of ours without"):
         load_drafter(str(folder), target)
 
 

@@ -25,8 +25,9 @@ CHAIN = taps_hf.ChainTree(2)
 
 
 def test_assistant_models():
-    refused("`assistant_models` is empty", assistant_models=[])
-    refused("`assistant_models` is .*LlamaForCausalLM", assistant_models=[tiny_target()])
+    refused("`assistant_models` is empty", assistant_models=[], lookup=False)
+    refused("is the target itself", assistant_models=[tiny_target()])
+    refused("LlamaModel has no LM head", assistant_models=[tiny_target().base_model])
     refused("`assistant_models` is .*int", assistant_models=3)
     refused("`assistant_models` has an empty name", assistant_models=["", *tiny_drafters(1)])
     with pytest.raises(ValueError, match=r"`assistant_models` is .*str"):

@@ -80,6 +80,7 @@ def stream(request: Request, variant: Variant) -> Iterator[Update]:
             "assistant_models": {name: models.drafters[name] for name in variant.drafters},
             "strategy": variant.strategy,
             "tree": request.tree,
+            "lookup": False,  # it is a drafter as others are: ticked or not
             "output_draft_trees": True,
             "on_cycle": lambda cycle: put(tuple(t.token for t in cycle.emitted), cycle),
         }

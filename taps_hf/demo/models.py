@@ -14,9 +14,13 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import named_paths
 from ..drafters.base import Drafter
+from ..drafters.lookup import PromptLookup
 from ..embedded import EMBEDDED_TARGET
 from ..generation import SpeculativeDecoding
 from ..loading import EMBEDDED, load_drafter, load_target
+
+LOOKUP = "lookup"
+"""Instead of a drafter's folder: one that looks up in the text (`./lookup` is a folder)."""
 
 _LOADING = threading.Lock()
 
@@ -27,7 +31,7 @@ class ModelSpec:
 
     Args:
         target: folder, Hub name, or `embedded`.
-        drafters: names and folders (or Hub names).
+        drafters: names and folders (or Hub names, or [`LOOKUP`]).
         dtype: of the target.
         device: of the target and the drafters.
     """
@@ -116,6 +120,9 @@ def _load(spec: ModelSpec) -> Models:
         ) from error
     drafters = {}
     for name, path in spec.drafters:
+        if path == LOOKUP:
+            drafters[name] = PromptLookup()
+            continue
         try:
             drafter = load_drafter(path, target, tokenizer, name=name)
         except OSError as error:
@@ -123,7 +130,7 @@ def _load(spec: ModelSpec) -> Models:
                 f"Drafter {name!r} could not be loaded from {path!r}: {_first_line(error)}"
             ) from error
         drafters[name] = drafter
-    SpeculativeDecoding(drafters, tokenizer=tokenizer).check(target)
+    SpeculativeDecoding(drafters, tokenizer=tokenizer, lookup=False).check(target)
     return Models(target, tokenizer, drafters)
 
 

@@ -47,6 +47,9 @@ class Drafter(ABC):
     tokenizer_fingerprint: str | None = None
     """Of the tokenizer it was made for, see [`configuration_eagle.tokenizer_fingerprint`]."""
 
+    is_free: bool = False
+    """Whether proposing costs next to nothing beside a pass of any model."""
+
     name_or_path: str = ""
     """Where it came from: its last part names a drafter whose user gave it no name."""
 
@@ -55,6 +58,11 @@ class Drafter(ABC):
 
     def run_key(self) -> Hashable:
         """Drafters of one class with equal keys may share a session (see [`runs_as_one`])."""
+        return self.serial_number
+
+    @property
+    def serial_number(self) -> int:
+        """Of this object among all drafters."""
         return vars(self).setdefault("_serial_number", next(_SERIAL_NUMBERS))
 
     @classmethod
@@ -146,6 +154,9 @@ class DrafterSession(ABC):
         Returns:
             whether that was possible. If not, the session is not used any more.
         """
+
+    def finish(self) -> None:  # noqa: B027 (most know what they have heard)
+        """Hear that a generation has ended as it should. Another one may go on from there."""
 
     def is_current(self) -> bool:
         """Whether its drafters are still what they were when it began."""

@@ -32,6 +32,11 @@ def layers_read(drafters: Iterable[Drafter]) -> tuple[int, ...]:
     return tuple(sorted({layer for drafter in drafters for layer in drafter.reads_layers}))
 
 
+def free_among(drafters: Sequence[Drafter]) -> tuple[int, ...]:
+    """Indices of the drafters that cost next to nothing."""
+    return tuple(index for index, drafter in enumerate(drafters) if drafter.is_free)
+
+
 def _same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
     return [id(one) for one in some] == [id(one) for one in others]
 
@@ -95,6 +100,11 @@ class Ensemble:
                     tree = replace(tree, entropy=torch.full_like(tree.confidence, torch.nan))
                 found[index] = tree
         return found
+
+    def finish(self) -> None:
+        """Tell all drafters that the generation has ended as it should."""
+        for session in self.sessions:
+            session.finish()
 
     def go_on_from(self, earlier: Ensemble, surplus: int) -> None:
         """Take over what drafters of an earlier generation know.

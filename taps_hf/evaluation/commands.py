@@ -31,6 +31,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--compose", nargs="+", metavar="NAME", help="drafters that are routed and merged"
     )
     parser.add_argument("--average", nargs=2, metavar="NAME", help="two drafters to average")
+    parser.add_argument("--lookup", action="store_true", help="measure lookups in the text as well")
     parser.add_argument("--lambdas", nargs="+", type=float, help="weights of the first of them")
     parser.add_argument(
         "--benchmark", action="append", required=True, metavar="NAME[=FILE]", help="may be repeated"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import set_threads
 from ..drafters.averaging import average_drafters
 from ..drafters.base import Drafter
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.lookup import PromptLookup
 from ..files import check_begun, hold
 from ..loading import check_frozen_target, load_drafter, load_target
 from ..strategies import Single
@@ -22,7 +22,7 @@ from . import figures, tables
 from .benchmarks import Question, read_benchmark
 from .live import run_live
 from .measurements import Measurements
-from .options import EvaluateOptions
+from .options import LOOKUP, EvaluateOptions
 from .records import Record, RecordStore, record
 from .replay import replay
 from .report import other_results, write_report
@@ -58,6 +58,8 @@ def evaluate(options: EvaluateOptions) -> None:
         name: load_drafter(path, target, tokenizer, name=name, dtype=target.dtype)
         for name, path in options.drafters.items()
     }
+    if options.lookup:
+        drafters[LOOKUP] = PromptLookup()
     variants, averages = _variants(options, drafters)
     weights = {name: drafter.digest() for name, drafter in drafters.items()}
     with hold(options.out / "lock"):
@@ -188,7 +190,7 @@ class _Answers:
 
 
 def _variants(
-    options: EvaluateOptions, drafters: dict[str, EagleDrafter]
+    options: EvaluateOptions, drafters: dict[str, Drafter]
 ) -> tuple[list[Variant], dict[str, float]]:
     """All variants, and the lambda of those that are averages (which join the drafters)."""
     tree = DynamicTree(*options.tree)
@@ -199,7 +201,8 @@ def _variants(
             name = f"averaged {weight:g}"
             averages[name] = weight
             drafters[name] = average_drafters(pair, [weight, 1 - weight]).eval()
-    variants = standard_variants(list(options.drafters), options.compose, tree)
+    lookup = LOOKUP if options.lookup else None
+    variants = standard_variants(list(options.drafters), options.compose, tree, lookup)
     place = len(options.drafters)
     variants[place:place] = [Variant(name, (name,), Single(0), tree) for name in averages]
     return variants, averages

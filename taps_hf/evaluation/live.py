@@ -53,6 +53,7 @@ def run_live(
                 "assistant_models": {name: drafters[name] for name in variant.drafters},
                 "strategy": variant.strategy,
                 "tree": variant.tree,
+                "lookup": False,  # among the drafters, if the variant has one
             }
         began = _now(target.device)
         output = generate_seeded(

@@ -13,6 +13,8 @@ from ..loading import EMBEDDED
 from ..trees.shapes import DynamicTree
 from .records import RecordOptions
 
+LOOKUP = "lookup"
+"""The name of the drafter that looks up, in what is measured."""
 _RANGES = {
     "lambdas": FINITE,
     "limit": COUNT,
@@ -36,6 +38,8 @@ class EvaluateOptions:
         target: folder, Hub name or `embedded`.
         compose: names of the drafters that routing and merging compose.
         average: names of two drafters whose weights are averaged.
+        lookup: whether a drafter that looks up is measured as well, alone and merged with those in
+            `compose`.
         lambdas: weights of the first of them.
         limit: questions of each benchmark; None for all.
         temperatures: each is recorded and replayed apart.
@@ -59,6 +63,7 @@ class EvaluateOptions:
     target: str = EMBEDDED
     compose: Sequence[str] = ()
     average: Sequence[str] = ()
+    lookup: bool = False
     lambdas: Sequence[float] = (0.5,)
     limit: int | None = None
     temperatures: Sequence[float] = (0.0,)
@@ -84,6 +89,10 @@ class EvaluateOptions:
                 )
         if self.average and len(self.average) != 2:
             raise ValueError(f"`average` has {len(self.average)} names, expected two.")
+        if self.lookup and LOOKUP in self.drafters:
+            raise ValueError(
+                f"A drafter is named {LOOKUP!r} and `lookup` is asked for; expected other names."
+            )
         if not self.drafters or not self.benchmarks or not self.temperatures:
             raise ValueError("Expected at least one drafter, one benchmark and one temperature.")
         names = self.benchmark_names

@@ -18,9 +18,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..cache import CACHE
 from ..drafters.base import Drafter, DraftRequest
-from ..drafters.ensemble import Ensemble, layers_read
+from ..drafters.ensemble import Ensemble, free_among, layers_read
 from ..drafters.modeling_eagle import EagleDrafter
-from ..strategies import GenerationContext
+from ..strategies import GenerationContext, Strategy
 from ..strategies.checks import check_asked, checked_choice
 from ..strategies.costs import LearntCosts
 from ..target import LAST, TargetSession
@@ -152,10 +152,15 @@ class _Decoding:
         self._vocab_size = target.config.get_text_config(decoder=True).vocab_size
         count = len(variant.drafters)
         self._everyone = tuple(range(count))
-        self._strategy = variant.strategy.begin(GenerationContext(count, target.device, _no_costs))
+        free = free_among([drafters[name] for name in variant.drafters])
+        context = GenerationContext(count, target.device, _no_costs, free)
+        self._strategy = variant.strategy.begin(context)
         self._asked: tuple[int, ...] = ()
         self._reader: _Reader | None = None
-        if self._strategy.go_on is not None:
+        if (
+            self._strategy.go_on is not None
+            or type(self._strategy).ask_also is not Strategy.ask_also
+        ):
             own = [drafters[name] for name in variant.drafters]
             self._reader = _Reader(own, target, record, states)
 
@@ -179,7 +184,7 @@ class _Decoding:
         else:
             shape, go_on = self.variant.tree, self._strategy.go_on
             request = DraftRequest(root, shape, spot.max_depth, go_on, with_entropy=True)
-            trees = self._reader.propose(self._asked, spot, request) if self._asked else {}
+            trees = self._proposed(spot, request)
         tree, drafters = DraftTree.root(root, count), ()
         if trees:
             choice = self._strategy.compose(trees)
@@ -190,6 +195,15 @@ class _Decoding:
         self.recorder.add(tree, drafters, path)
         self._strategy.observe(trace_cycle(tree, drafters, path))
         self.root += len(path.tokens)
+
+    def _proposed(self, spot: Spot, request: DraftRequest) -> dict[int, DraftTree]:
+        """Trees that the variant's drafters grow for it alone."""
+        trees = self._reader.propose(self._asked, spot, request) if self._asked else {}
+        if spot.max_depth < 1:
+            return trees
+        also = self._strategy.ask_also(trees)
+        also = check_asked(self._strategy, also, len(self._everyone), self._asked)
+        return trees | (self._reader.propose(also, spot, request) if also else {})
 
 
 def _no_costs() -> LearntCosts:

@@ -39,18 +39,26 @@ class Variant:
 
 
 def standard_variants(
-    alone: Sequence[str], composed: Sequence[str], tree: DynamicTree
+    alone: Sequence[str], composed: Sequence[str], tree: DynamicTree, lookup: str | None = None
 ) -> list[Variant]:
     """Every drafter alone, and every composition of those in `composed`.
 
     The compositions are routing by confidence (TAPS, equation 13) and by entropy, per cycle and
     once a prompt; and merged trees: concatenated at the sum of the budgets (the paper's, appendix
-    A.4), their union at that budget, and their union pruned to the budget of one tree.
+    A.4), their union at that budget, and their union pruned to the budget of one tree. With a
+    lookup, which is also measured alone, both unions are measured with it as well.
+
+    Args:
+        alone: names of drafters.
+        composed: names of those that are composed.
+        tree: of each drafter.
+        lookup: name of a drafter that looks up.
 
     Raises:
         ValueError: if fewer than two drafters are to be composed, or names repeat.
     """
-    found = [Variant(name, (name,), Single(0), tree) for name in alone]
+    looked_up = [] if lookup is None else [lookup]
+    found = [Variant(name, (name,), Single(0), tree) for name in (*alone, *looked_up)]
     if composed:
         if len(set(composed)) < max(2, len(composed)):
             raise ValueError(
@@ -66,6 +74,9 @@ def standard_variants(
             "merged-equal-budget": Merged(num_nodes=tree.num_nodes),
         }
         found += [Variant(name, tuple(composed), way, tree) for name, way in ways.items()]
+        for name in ("merged", "merged-equal-budget"):
+            drafters = (*composed, *looked_up)
+            found += [Variant(f"{name}-with-{x}", drafters, ways[name], tree) for x in looked_up]
     names = [variant.name for variant in found]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

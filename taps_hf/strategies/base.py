@@ -13,6 +13,7 @@ from ..trace import CycleTrace
 from ..trees.growth import GoOn
 from ..trees.tree import DraftTree
 from .costs import LearntCosts
+from .experience import Experience
 
 CycleOutcome = CycleTrace
 """What a strategy hears of a cycle that is over."""
@@ -34,19 +35,24 @@ class GenerationContext:
         num_drafters: how many there are.
         device: of the target.
         costs: measures, or recalls, what passes and drafts cost here, and learns more of it.
+        free: indices of the drafters that cost next to nothing.
+        experience: recalls what was learnt of these drafters in earlier answers; None where
+            nothing may depend on those.
     """
 
     num_drafters: int
     device: torch.device
     costs: Callable[[], LearntCosts]
+    free: tuple[int, ...] = ()
+    experience: Callable[[], Experience] | None = None
 
 
 class Strategy(ABC):
     """Composes the proposals of several drafters.
 
-    The life of a strategy in one generation: [`begin`], then in every cycle [`ask`], [`go_on`]
-    while trees grow, [`compose`], [`observe`]. In a cycle in which nothing can be drafted it only
-    observes; where nobody was asked, or had something to propose, it does not compose.
+    The life of a strategy in one generation: [`begin`], then in every cycle [`ask`], [`ask_also`],
+    [`go_on`] while trees grow, [`compose`], [`observe`]. In a cycle in which nothing can be drafted
+    it only observes; where nobody was asked, or had something to propose, it does not compose.
 
     Strategies hold settings only, so that one object can serve many generations at once. One whose
     decisions depend on earlier cycles returns, from [`begin`], an object that remembers them.
@@ -78,6 +84,14 @@ class Strategy(ABC):
     def ask(self, everyone: tuple[int, ...]) -> tuple[int, ...]:
         """Which of the drafters draft in this cycle: all, unless overridden."""
         return everyone
+
+    def ask_also(self, trees: Mapping[int, DraftTree]) -> tuple[int, ...]:
+        """Which others draft as well, now that those asked first have proposed: none by default.
+
+        Args:
+            trees: by the drafter's index, of those that had something to propose: possibly none.
+        """
+        return ()
 
     go_on: GoOn | None = None
     """Asked while trees grow, after each level: whether another one is worth its time."""

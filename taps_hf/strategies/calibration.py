@@ -1,4 +1,4 @@
-"""Confidence is not acceptance probability: what is known of their relation in this generation."""
+"""Confidence is not acceptance probability: what is known of their relation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ..trees.tree import DraftTree
 
 _EDGES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)  # of confidence, between bins
-_PRIOR = 4.0  # acceptances' worth of belief that the confidence is right
+_PRIOR = 4.0  # acceptances' worth of belief in what was known before
 _KEPT = 0.97  # of the counts, from cycle to cycle: what is written about changes
 
 
@@ -17,16 +17,27 @@ class Calibration:
     """Turns confidences into acceptance probabilities, by what was accepted so far.
 
     For each drafter and bin of confidence: accepted nodes over the sum of their confidences, which
-    is 1 for a calibrated drafter, and is believed to be 1 until counts say otherwise.
+    is 1 for a calibrated drafter, and is believed to be what it was before (1 where nothing is
+    known) until counts say otherwise.
 
     Args:
         num_drafters: rows of a tree's `confidence`.
+        before: (num_drafters, bins) float32: the ratio believed in at first; None for 1.
+        kept: share of the counts that is kept from cycle to cycle.
     """
 
-    def __init__(self, num_drafters: int) -> None:
+    def __init__(
+        self, num_drafters: int, before: torch.Tensor | None = None, kept: float = _KEPT
+    ) -> None:
         self._edges = torch.tensor(_EDGES)
-        self._accepted = torch.full((num_drafters, len(_EDGES) + 1), _PRIOR)
-        self._expected = torch.full((num_drafters, len(_EDGES) + 1), _PRIOR)
+        self._kept = kept
+        self._before = torch.full((num_drafters, len(_EDGES) + 1), _PRIOR)
+        self._before_accepted = self._before if before is None else _PRIOR * before
+        self._accepted, self._expected = self._before_accepted.clone(), self._before.clone()
+
+    def begin(self) -> Calibration:
+        """One that believes at first what this one has found, and learns by itself."""
+        return Calibration(len(self._accepted), self._accepted / self._expected)
 
     def acceptance(self, tree: DraftTree) -> torch.Tensor:
         """(N,) float32: probability that a node is accepted, 1 at the root.
@@ -43,32 +54,48 @@ class Calibration:
         below = tree.parents[1:]
         children = torch.zeros(len(tree)).index_add_(0, below, given_parent[1:])
         given_parent[1:] /= children[below].clamp(min=1.0)
-        probability = given_parent.clone()
-        probability[0] = 1.0
-        for depth in range(2, tree.max_depth + 1):
-            at = (tree.depths == depth).nonzero().squeeze(1)
-            probability[at] = given_parent[at] * probability[tree.parents[at]]
-        return probability
+        # Node by node: a tree may be one long chain, and levels of one node are slow in tensors.
+        probability = [1.0]
+        for parent, share in zip(below.tolist(), given_parent[1:].tolist()):
+            probability.append(share * probability[parent])
+        return torch.tensor(probability)
 
-    def observe(self, tree: DraftTree, reached: Sequence[int], accepted: Sequence[int]) -> None:
+    def observe(
+        self, tree: DraftTree, reached: Sequence[int], accepted: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Learn from one cycle.
 
         Args:
             tree: all that was proposed, verified or not, on the CPU.
             reached: nodes at which a token was emitted.
             accepted: nodes that carried these tokens.
+
+        Returns:
+            what was learnt, as [`add`] takes it.
         """
         judged = torch.isin(tree.parents, torch.tensor(reached))
         hit = torch.zeros(len(tree))
         hit[list(accepted)] = 1.0
         known = ~tree.confidence.isnan() & judged
         bins = self._bins(tree.confidence)
-        for counts, values in (
-            (self._accepted, hit.expand_as(tree.confidence)),
-            (self._expected, tree.confidence),
-        ):
-            counts.sub_(_PRIOR).mul_(_KEPT).add_(_PRIOR)
-            counts.scatter_add_(1, bins, values.where(known, values.new_zeros(())))
+        found = tuple(
+            torch.zeros_like(self._before).scatter_add_(
+                1, bins, values.where(known, values.new_zeros(()))
+            )
+            for values in (hit.expand_as(tree.confidence), tree.confidence)
+        )
+        self.add(*found)
+        return found
+
+    def add(self, accepted: torch.Tensor, expected: torch.Tensor) -> None:
+        """Count what a cycle came to, here or elsewhere.
+
+        Args:
+            accepted, expected: (num_drafters, bins) float32: accepted nodes, and the sum of their
+                confidences that there should have been.
+        """
+        self._accepted.lerp_(self._before_accepted, 1 - self._kept).add_(accepted)
+        self._expected.lerp_(self._before, 1 - self._kept).add_(expected)
 
     def _bins(self, confidence: torch.Tensor) -> torch.Tensor:
         return torch.bucketize(confidence.nan_to_num(nan=0.0), self._edges)

@@ -15,16 +15,26 @@ from ..trees.tree import DraftTree, SampledProposals
 from .base import Choice, Strategy
 
 
-def check_asked(strategy: Strategy, asked: Any, num_drafters: int) -> tuple[int, ...]:
+def check_asked(
+    strategy: Strategy, asked: Any, num_drafters: int, before: Collection[int] | None = None
+) -> tuple[int, ...]:
     """The drafters that a strategy wants to run.
 
+    Args:
+        strategy: for the messages.
+        asked: what its `ask` returned, or its `ask_also`.
+        num_drafters: how many there are.
+        before: those that were asked before these; None where these are the first.
+
     Raises:
-        ValueError: unless they are distinct indices of drafters.
+        ValueError: unless they are distinct indices of drafters, none of them asked before.
     """
-    if not _are_drafters(asked, num_drafters):
+    if not _are_drafters(asked, num_drafters) or set(asked) & set(before or ()):
+        name = f"{type(strategy).__name__}.{'ask' if before is None else 'ask_also'}"
+        others = f", none of {tuple(before)}" if before else ""
         raise ValueError(
-            f"{type(strategy).__name__}.ask returned {asked!r}, expected distinct "
-            f"indices from 0 to {num_drafters - 1}."
+            f"{name} returned {asked!r}, expected distinct indices from 0 to {num_drafters - 1}"
+            f"{others}."
         )
     return tuple(asked)
 

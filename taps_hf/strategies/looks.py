@@ -44,14 +44,17 @@ class Looks:
 
     Args:
         costs: of passes and drafts.
+        free: drafters that draft in every cycle anyway.
     """
 
     _MEMORY = 12
     _DECAY = 0.85  # of a look's weight, for each later one
+    _LAST = 3  # that the next answer hears of: enough to doubt, not to decide
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, costs: Costs, free: Sequence[int] = ()) -> None:
+        self.costs, self.free = costs, tuple(free)
         self._looks: deque[Look] = deque(maxlen=self._MEMORY)
+        self._last: deque[Look] = deque(maxlen=self._LAST)
 
     def __len__(self) -> int:
         return len(self._looks)
@@ -59,6 +62,12 @@ class Looks:
     def add(self, look: Look) -> None:
         """Remember one more."""
         self._looks.append(look)
+        self._last.append(look)
+
+    @property
+    def last(self) -> tuple[Look, ...]:
+        """The very last, also of those that were forgotten since; the oldest first."""
+        return tuple(self._last)
 
     def clear(self) -> None:
         """Forget all."""
@@ -68,11 +77,11 @@ class Looks:
         """The drafters that would have been the fastest, none if plain steps: grown one by one.
 
         Args:
-            everyone: all drafters.
+            everyone: all drafters but the free ones, which draft as well.
             levels: that a tree has on average.
         """
         best: tuple[int, ...] = ()
-        rate = 1.0 / self.costs.target_seconds(1)
+        rate = max(1.0 / self.costs.target_seconds(1), self.rate((), levels))
         while True:
             more = [tuple(sorted((*best, index))) for index in everyone if index not in best]
             found = [(self.rate(asked, levels), asked) for asked in more]
@@ -81,7 +90,8 @@ class Looks:
             rate, best = max(found)
 
     def rate(self, asked: Sequence[int], levels: float) -> float:
-        """Tokens per second that these drafters would have reached."""
+        """Tokens per second that these drafters would have reached beside the free ones."""
+        asked = (*self.free, *asked)
         draft = self.costs.draft(asked)
         drafting = draft.first + (levels - 1) * draft.level
         tokens = seconds = 0.0

@@ -57,3 +57,15 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "taps_hf.demo.page", raising=False)
     with pytest.raises(SystemExit, match=r'gradio.*pip install "\.\[demo\]"'):
         load_app()
+
+
+def test_a_lookup_stands_beside_the_drafters_unless_it_is_not_wanted(app, tiny_spec, monkeypatch):
+    served = []
+    monkeypatch.setattr(app, "serve", lambda options, *_: served.append(options.models))
+    given = ["--target", tiny_spec.target, "--drafters"]
+    for names, more in (("ab", []), ("ab", ["--no-lookup"]), (["lookup"], [])):
+        app.main([*given, *(f"{name}=somewhere" for name in names), *more])
+    found = [[name for name, _ in models.drafters] for models in served]
+    assert found == [["a", "b", "lookup"], ["a", "b"], ["lookup"]]
+    assert served[0].drafters[-1] == ("lookup", "lookup")
+    assert served[2].drafters[-1] == ("lookup", "somewhere")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taps_hf import EagleDrafter
-from taps_hf.demo.models import ModelSpec, default_target, load_models
+from taps_hf import EagleDrafter, PromptLookup
+from taps_hf.demo.models import LOOKUP, ModelSpec, default_target, load_models
 
 from ..tiny import VOCAB, tiny_target
 
@@ -69,3 +69,10 @@ def test_without_its_package_the_embedded_target_comes_from_the_hub(monkeypatch)
 def test_dtype_is_the_targets(tiny_spec):
     spec = ModelSpec(tiny_spec.target, tiny_spec.drafters, "bfloat16")
     assert load_models(spec).target.dtype == torch.bfloat16
+
+
+def test_a_lookup_is_a_drafter_without_a_folder(tiny_spec):
+    drafters = [f"{name}={path}" for name, path in tiny_spec.drafters]
+    models = load_models(ModelSpec.parse(tiny_spec.target, [*drafters, f"prompt={LOOKUP}"]))
+    assert list(models.drafters) == ["math", "chat", "prompt"]
+    assert isinstance(models.drafters["prompt"], PromptLookup)

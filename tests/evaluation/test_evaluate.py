@@ -44,11 +44,12 @@ def test_one_command_writes_everything(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "results"
     more = ["--compose", "math", "chat", "--average", "math", "chat", "--lambdas", "0.3", "0.5"]
-    more += ["--temperature", "0", "1", "--live", "1"]
+    more += ["--temperature", "0", "1", "--live", "1", "--lookup"]
     assert main(arguments(folder, out, *more)) == 0
     results = json.loads((out / "results.json").read_text())
     table = {row["variant"]: row for row in results["acceptance-t1"]}
     assert {"math", "chat", "averaged 0.3", "averaged 0.5", "merged", "concatenated"} <= set(table)
+    assert {"lookup", "merged-with-lookup", "merged-equal-budget-with-lookup"} <= set(table)
     for row in table.values():
         for name in ("sums", "talk"):
             assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]

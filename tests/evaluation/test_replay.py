@@ -14,6 +14,7 @@ from taps_hf import (
     DynamicTree,
     FixedTree,
     Merged,
+    PromptLookup,
     Single,
     Strategy,
 )
@@ -34,7 +35,7 @@ QUESTIONS = [
 ]
 NAMES = ("math", "chat", "code")
 COMPARED = ("variant_key", "record", "tokens", "accepted", "nodes", "chosen", "emitted")
-WEIGHTS = {name: name for name in (*NAMES, "again")}
+WEIGHTS = {name: name for name in (*NAMES, "again", "lookup")}
 
 
 class Alternating(Strategy):
@@ -88,7 +89,8 @@ def test_a_replay_gives_every_cycle_of_the_live_run(tmp_path, family, temperatur
     # Random drafters are so sure that their four likeliest tokens have all the probability there
     # is, and two means of 1 / 4 are a tie that rounding decides: hence three.
     tree = DynamicTree(depth=4, top_k=3, num_nodes=10)
-    variants = standard_variants(NAMES, NAMES[:2], tree)
+    drafters["lookup"] = PromptLookup()
+    variants = standard_variants(NAMES, NAMES[:2], tree, "lookup")
     variants += [
         Variant("alternating", NAMES, Alternating(), tree),
         Variant("three", NAMES, Merged(num_nodes=12), tree),
@@ -121,12 +123,14 @@ def test_kinds_and_strategies_that_learn_are_replayed(tmp_path, temperature):
     text = records[0].tokens.tolist()
     phrases = [text[records[0].answer_start - 2 :], list(range(VOCAB))]
     drafters = dict(zip(NAMES, (*tiny_drafters(2), Phrases(*phrases, confidence=0.4))))
+    drafters["lookup"] = PromptLookup()
     tree = DynamicTree(depth=4, top_k=3, num_nodes=10)
     groups, points = ((0, 1), (2,)), ((1, 1.0), (12, 1.3))
     variants = [Variant("phrases", ("code",), Single(0), tree)]
     for name, each in (("cheap", CHEAP), ("dear", DEAR)):
         auto = Auto(explore=2, costs=Costs(points, groups, (each,) * 2, (each,) * 2))
         variants.append(Variant(f"auto, {name}", NAMES, auto, tree))
+        variants.append(Variant(f"auto, {name}, free", (*NAMES, "lookup"), auto, tree))
     for strategy in (Merged(), Confidence(), Confidence("prompt"), Merged(num_nodes=5), Deeper()):
         variants.append(Variant(repr(strategy), NAMES, strategy, tree))
     ended = {rows[0].record: rows for rows in replay(records, target, drafters, variants, WEIGHTS)}

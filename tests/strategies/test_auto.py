@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 
 import pytest
@@ -18,7 +19,8 @@ from taps_hf import (
     GenerationContext,
     SpeculativeDecoding,
 )
-from taps_hf.strategies.auto import CAUTION
+from taps_hf.strategies.auto import CAUTION, _Running
+from taps_hf.strategies.experience import Experience, experience_of
 
 from ..tiny import prompt, tiny_drafters, tiny_target
 
@@ -243,4 +245,118 @@ def test_a_shape_that_cannot_be_hashed_is_grown_and_costed():
             return_dict_in_generate=True,
         )
         assert torch.equal(found.sequences, plain)
-        assert max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 6
+        # Of three drafters, a lookup among them.
+        assert max(cycle.num_nodes for cycle in found.draft_trace.cycles) <= 9
+
+
+def with_free(rows: float, draft: float, experience: Experience | None = None) -> object:
+    """Two drafters that cost time, and a third that does not."""
+    table = costs(rows, draft)
+    context = GenerationContext(3, torch.device("cpu"), pytest.fail, free=(2,))
+    return _Running(Auto(), table, context, experience or Experience(3))
+
+
+def free_cycle(strategy, sure: float, right: int) -> tuple[int, ...]:
+    """One in which the free drafter is sure of three tokens, and so many of them are right; those
+    of the others always are. Returns who drafted."""
+    asked = strategy.ask((0, 1, 2))
+    trees = {index: chain(index, [0.9] * 3, 3) for index in asked if index < 2}
+    trees[2] = chain(2, [sure] * 3, 3)
+    also = strategy.ask_also(trees)
+    assert not set(also) & set(asked)
+    trees |= {index: chain(index, [0.9] * 3, 3) for index in also}
+    strategy.compose(trees)
+    by = 2 if right else min((*asked, *also))
+    length = right or 3 * (by < 2)
+    tokens = tuple(10 * by + 1 + i for i in range(length)) + (99,)
+    strategy.observe(outcome(tuple(trees), (by,) * length, tokens))
+    return (*asked, *also)
+
+
+def test_free_drafters_are_always_asked_and_others_where_these_foresee_little():
+    strategy = with_free(0.05, 0.3)
+    asked = [free_cycle(strategy, *((0.97, 3) if i % 2 else (0.05, 0))) for i in range(80)]
+    assert all(2 in who for who in asked)
+    alone = [who == (2,) for who in asked[40:]]
+    assert sum(alone[1::2]) > 14  # where it is sure
+    assert not any(alone[::2])
+
+
+def test_free_drafters_go_on_where_others_do_not_pay():
+    strategy = with_free(0.05, 9.0)
+    asked = [free_cycle(strategy, 0.9, 3) for _ in range(60)]
+    assert all(2 in who for who in asked)
+    assert sum(who == (2,) for who in asked) > 45
+
+
+def test_where_all_drafters_are_free_there_is_nothing_to_look_at():
+    context = GenerationContext(1, torch.device("cpu"), pytest.fail, free=(0,))
+    strategy = Auto(costs=costs(0.3, num_drafters=1)).begin(context)
+    for _ in range(20):
+        assert strategy.ask((0,)) == (0,)
+        assert strategy.ask_also({0: chain(0, [0.9] * 3, 1)}) == ()
+        strategy.compose({0: chain(0, [0.9] * 3, 1)})
+        strategy.observe(outcome((0,), (), (99,)))
+    assert len(strategy.compose({0: chain(0, [0.9] * 3, 1)}).tree) == 1  # nobody believes it
+
+
+def test_an_answer_begins_where_the_one_before_it_ended():
+    """A drafter that is always wrong is looked at once in the second answer, not four times."""
+    table, experience = costs(0.05, draft=0.2), Experience(2)
+    tries, sizes = [], []
+    for _ in range(2):
+        context = GenerationContext(2, torch.device("cpu"), pytest.fail)
+        strategy = _Running(Auto(), table, context, experience)
+        asked = [cycle(strategy, {}) for _ in range(12)]
+        tries.append(next(i for i, who in enumerate(asked) if not who))
+        again = _Running(Auto(), table, context, experience)
+        again.ask((0, 1))
+        sizes.append(len(again.compose({0: chain(0, [0.6] * 3)}).tree))
+    assert tries == [4, 1]
+    assert sizes[0] <= 4  # the root and what was proposed, if that
+
+
+def test_nothing_is_recalled_where_costs_are_assumed():
+    target, drafters = tiny_target(), tiny_drafters(2)
+    settings = {"assistant_models": drafters, "return_dict_in_generate": True, "max_new_tokens": 40}
+    cycles = []
+    for _ in range(2):
+        auto = Auto(costs=costs(0.05, 0.1))
+        out = target.generate(prompt(9), do_sample=False, strategy=auto, **settings)
+        cycles.append([(c.drafters, c.num_nodes) for c in out.draft_trace.cycles])
+        target.generate(prompt(9), do_sample=False, strategy="auto", **settings)
+    assert cycles[0] == cycles[1]
+
+
+def test_experience_is_kept_with_the_target_by_drafters():
+    target = tiny_target()
+    one = experience_of(target, (1, 2))
+    assert experience_of(target, (1, 2)) is one
+    assert experience_of(target, (2, 1)) is not one
+    for number in range(100):
+        experience_of(target, (number, -1))
+    assert experience_of(target, (1, 2)) is not one  # not without end
+
+
+def test_answers_of_several_threads_teach_and_learn_at_once():
+    experience, errors = Experience(2), []
+
+    def answer() -> None:
+        try:
+            for _ in range(10):
+                context = GenerationContext(2, torch.device("cpu"), pytest.fail)
+                strategy = _Running(Auto(), costs(0.05, 0.1), context, experience)
+                for _ in range(10):
+                    cycle(strategy, {0: 3})
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=answer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    calibration, _, looks = experience.recall()
+    assert calibration.acceptance(chain(0, [0.6]))[1] > 0.9
+    assert looks

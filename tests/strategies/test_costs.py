@@ -113,7 +113,7 @@ def test_a_slower_machine_and_interruptions_change_no_proportion():
 
 def test_auto_learns_from_its_generations_unless_costs_are_given():
     target, ids, drafters = tiny_target(), prompt(10), tiny_drafters(2)
-    speculate = {"max_new_tokens": 12, "assistant_models": drafters, "tree": TREE}
+    speculate = {"max_new_tokens": 12, "assistant_models": drafters, "tree": TREE, "lookup": False}
     before = learnt_costs(target, drafters, TREE, refresh=True).costs
     target.generate(ids, strategy=Auto(costs=before), **speculate)
     assert learnt_costs(target, drafters, TREE).costs == before
