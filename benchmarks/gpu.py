@@ -57,9 +57,9 @@ SHAPES = {
         "max_position_embeddings": 4096,
     },
 }
-TREES = (DynamicTree(5, 8, 24), DynamicTree(6, 8, 24), DynamicTree(7, 10, 60))
+TREES = (DynamicTree(5, 8, 24), DynamicTree(7, 10, 60))
 PROMPT = 256  # tokens
-SHORT, LONG = 8, 40  # new tokens of two runs, whose difference is what cycles cost
+SHORT, LONG = 6, 30  # new tokens of two runs, whose difference is what cycles cost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
