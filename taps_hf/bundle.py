@@ -29,6 +29,11 @@ REQUIREMENTS = (
 
 _GENERATE = '''"""Speculative decoding with several drafters: taps-hf {version}."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # early versions of transformers bring along what is named in this file only
+{modules}
+
 try:  # where the package is installed, its classes are those of the drafters at hand
     from taps_hf.extension import speculative_generate
 except ImportError:
@@ -98,7 +103,9 @@ def fill_repository(folder: Path, name: str) -> None:
     inner.mkdir()
     for module in needed(_ENTRY):
         write_text(inner / f"{_flat(module)}.py", flattened(module))
-    write_text(inner / "generate.py", _GENERATE.format(version=__version__, entry=_flat(_ENTRY)))
+    modules = "\n".join(f"    from .{_flat(module)} import __name__" for module in needed(_ENTRY))
+    generate = _GENERATE.format(version=__version__, entry=_flat(_ENTRY), modules=modules)
+    write_text(inner / "generate.py", generate)
     write_text(inner / "requirements.txt", "".join(f"{line}\n" for line in REQUIREMENTS))
     card = _README.format(name=name, version=__version__, requirements=", ".join(REQUIREMENTS))
     write_text(folder / "README.md", card)

@@ -38,6 +38,8 @@ class Eagle3Layer(nn.Module):
     def __init__(self, layer: nn.Module, norm_before_residual: bool) -> None:
         super().__init__()
         self.norm_before_residual = norm_before_residual
+        # Early versions of transformers ask Qwen3's layers which mask they want.
+        self.attention_type = "full_attention"
         self.self_attn = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj"):
             narrow = getattr(self.self_attn, name)
