@@ -11,6 +11,7 @@ from ..drafters.modeling_eagle import EagleDrafter
 from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
 from .encoding import Example
+from .objectives import Eagle3
 
 _SLOTS = 100_000  # that the projection is fitted to, at most
 _RIDGE = 1e-3  # penalty, in units of the inputs' variances
@@ -44,27 +45,34 @@ def balance_inputs(
 
 @torch.no_grad()
 def balance_layers(
-    drafter: Eagle3Drafter,
+    objective: Eagle3,
     examples: Sequence[Example],
     features_of: Callable[[Example], torch.Tensor],
+    scale: bool,
 ) -> None:
-    """Scale an EAGLE-3 drafter's projection so that all it reads contributes alike, to a sum of 1.
+    """Have an EAGLE-3 drafter's projection learn of all that it reads alike.
 
-    A target's late layers have states many times larger than its early ones, and a few dimensions
-    with numbers many times larger than all others. What the layer adds to the projection is, at
-    first, of about size 1.
+    See [`Eagle3.divide_inputs`]; a drafter with norms before its projection needs none of it.
 
     Args:
-        drafter: changed in place.
+        objective: with the drafter, changed in place.
         examples: what it will be trained on.
         features_of: the target's states of an example's tokens but the last, (n - 1, layers x
             hidden): those that the drafter reads, and maybe others after them.
+        scale: also change what the projection computes, to features of size 1 to which every
+            dimension contributes alike: for new drafters.
     """
+    drafter = objective.drafter
     read = torch.cat([features_of(example) for example in examples[:16]])
-    read = read[:, : drafter.fc.in_features].to(drafter.device).float()
-    if drafter.fc_norm is None and drafter.input_norm is None:
-        drafter.fc.weight /= read.std(dim=0).clamp(min=1e-6)
-    drafter.fc.weight /= drafter.fuse(read).std()
+    read = read[:, : drafter.feature_size].to(drafter.device).float()
+    sizes = read.std(dim=0).clamp(min=1e-6)
+    plain = drafter.fc_norm is None and drafter.input_norm is None
+    if scale and plain:
+        drafter.fc.weight /= sizes
+    if scale:
+        drafter.fc.weight /= drafter.fuse(read).std()
+    if plain:
+        objective.divide_inputs(sizes)
 
 
 @torch.no_grad()

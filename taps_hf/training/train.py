@@ -13,7 +13,6 @@ import torch
 from transformers import TrainingArguments
 
 from ..checks import set_threads
-from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
 from ..files import ResultFolder, hold, read_json, write_json
 from ..loading import check_frozen_target, load_target
@@ -24,7 +23,7 @@ from .features import FeatureStore, filled_stores, known_features
 from .folders import OPTIONS, check_folders, last_checkpoint
 from .memory import check_memory, estimate_memory
 from .muon import MuonWithAdamW
-from .objectives import DraftObjective, FrozenTarget, get_objective
+from .objectives import DraftObjective, Eagle3, FrozenTarget, get_objective
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
 from .rows import TrainingRows
@@ -82,8 +81,7 @@ def _run(
         with arguments.main_process_first(local=False, desc="features"):
             known = [x.input_ids[:-1] for x in chain(examples, *held_out.values())]
             stores = filled_stores(options.features, target, known, objective.layers)
-    if options.init_from is None:
-        say(_start(options, objective, examples, stores))
+    say(_start(options, objective, examples, stores))
     trainer = _trainer(
         options, arguments, objective.to(arguments.device), examples, held_out, stores
     )
@@ -93,6 +91,7 @@ def _run(
     for name, dataset in trainer.eval_dataset.items():
         found = trainer.evaluate(dataset, metric_key_prefix=name)
         measured |= {key: value for key, value in found.items() if key.endswith(_MEASURES)}
+    objective.finish()
     if arguments.process_index == 0:
         record = {
             "options": asdict(options),
@@ -143,18 +142,21 @@ def _start(
     examples: Sequence[Example],
     stores: Sequence[FeatureStore],
 ) -> str:
-    """Give a new drafter the weights it starts with; what there is to say of them."""
+    """Give a new drafter the weights it starts with; what there is to say of the start."""
     frozen, drafter = objective.frozen, objective.drafter
 
     def read(example: Example) -> torch.Tensor:
         return known_features(frozen.model, stores, example.input_ids[:-1], objective.layers)
 
-    if isinstance(drafter, Eagle3Drafter):
-        balance_layers(drafter, examples, read)
-        if options.start == "target_head":
+    new = options.init_from is None
+    if isinstance(objective, Eagle3):
+        balance_layers(objective, examples, read, scale=new)
+        if options.start == "target_head" and new:
             copy_head(drafter, frozen.model)
-            return "the drafter starts at random, its head as the target's"
-        return "the drafter starts at random, its projection with inputs of like size"
+    if not new:
+        return f"training goes on from {options.init_from}"
+    if isinstance(objective, Eagle3):
+        return f"the drafter starts at random, with inputs of like size; start: {options.start}"
     given = (drafter, frozen.embedding, examples, read)
     if options.start == "least_squares":
         return f"the projection explains {fit_projection(*given):.1%} of the features' variance"

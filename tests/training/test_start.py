@@ -9,6 +9,7 @@ from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.training import start
 from taps_hf.training.encoding import Example
 from taps_hf.training.features import features_of
+from taps_hf.training.objectives import Eagle3, FrozenTarget, get_objective
 from taps_hf.training.start import (
     balance_inputs,
     balance_layers,
@@ -124,13 +125,24 @@ def test_layers_contribute_alike_to_features_of_size_one(norms):
         return features_of(target, ids, layers=(0, 1, -1))[0] * scales
 
     drafter = eagle3_of(target, **norms)
-    balance_layers(drafter, rows, read)
+    options = get_objective("eagle3").options_with()
+    objective = Eagle3(drafter, FrozenTarget(target, drafter), options)
+    balance_layers(objective, rows, read, scale=True)
     states = torch.cat([read(row) for row in rows[:16]])[:, :64]
-    assert float(drafter.fuse(states).std()) == pytest.approx(1, rel=1e-4)
-    if not norms:
-        parts = drafter.fc.weight[:, :, None] * states.T  # (hidden, read, slots)
-        sizes = parts.std(dim=2).mean(dim=0)
-        assert float(sizes.max() / sizes.min()) < 2
+    sizes = objective.input_sizes.clone()
+    assert float(objective.fuse(states).std()) == pytest.approx(1, rel=1e-4)
+    if norms:
+        assert sizes.eq(1).all()
+    else:
+        torch.testing.assert_close((states / sizes).std(dim=0), torch.ones(64))
+        steps = drafter.fc.weight.std(dim=0)
+        assert float(steps.max() / steps.min()) < 2  # what is learnt of all is of like size, too
+    fused = objective.fuse(states)
+    balance_layers(objective, rows[20:], read, scale=False)  # other rows have other sizes
+    torch.testing.assert_close(objective.fuse(states), fused, rtol=1e-3, atol=1e-3)
+    assert norms or not objective.input_sizes.equal(sizes)
+    objective.finish()
+    torch.testing.assert_close(drafter.fuse(states), fused, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("draft_vocab", [None, 6])

@@ -256,8 +256,15 @@ class DraftObjective(nn.Module, ABC):
         states = batch.states
         if noise:
             states = states + (torch.rand_like(states) * 2 - 1) * noise
-        features = self.drafter.fuse(states)
+        features = self.fuse(states)
         return harmonised_steps(self.drafter, batch.embeds, features, depth, self.cuts_gradients)
+
+    def fuse(self, states: torch.Tensor) -> torch.Tensor:
+        """What the drafter makes of the target's states, (batch, slots, layers x hidden)."""
+        return self.drafter.fuse(states)
+
+    def finish(self) -> None:
+        """Leave the drafter as it is used outside of this module, when all is learnt."""
 
     def _batch(
         self,

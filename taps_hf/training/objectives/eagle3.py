@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...drafters.modeling_eagle3 import Eagle3Drafter
-from .base import DraftObjective, ObjectiveOptions, register_objective
+from .base import DraftObjective, FrozenTarget, ObjectiveOptions, register_objective
 
 _ROWS = 4096  # slots of which the target's whole distributions are held at a time
 
@@ -42,6 +42,38 @@ class Eagle3(DraftObjective):
         "token_weight": 1.0,
         "noise": 0.0,
     }
+
+    def __init__(
+        self,
+        drafter: Eagle3Drafter,
+        frozen: FrozenTarget,
+        options: ObjectiveOptions,
+        evaluation_depth: int = 5,
+    ) -> None:
+        super().__init__(drafter, frozen, options, evaluation_depth)
+        # What the states that the projection reads are divided by, while it is trained.
+        self.register_buffer("input_sizes", torch.ones(drafter.feature_size, device=drafter.device))
+
+    @torch.no_grad()
+    def divide_inputs(self, sizes: torch.Tensor) -> None:
+        """Train the projection on states divided by these sizes, (layers x hidden,).
+
+        It computes what it did, as its weights are multiplied by them until [`finish`], but a step
+        of an optimiser now changes what it makes of every dimension alike. Of a target's states a
+        few dimensions are hundreds of times larger than all others, and late layers many times
+        larger than early ones: there the same step would be as many times too long.
+        """
+        self.finish()
+        self.input_sizes.copy_(sizes)
+        self.drafter.fc.weight.mul_(self.input_sizes)
+
+    def fuse(self, states: torch.Tensor) -> torch.Tensor:
+        return self.drafter.fuse(states / self.input_sizes.to(states.dtype))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        self.drafter.fc.weight.div_(self.input_sizes)
+        self.input_sizes.fill_(1.0)
 
     @classmethod
     def options_with(cls, **changes: float | int) -> ObjectiveOptions:

@@ -174,7 +174,8 @@ def test_all_weights_are_trained_and_only_these():
     objective(ids, ids.clone())["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in drafter.parameters())
     assert all(p.grad is None for p in target.parameters())
-    assert set(objective.state_dict()) == {f"drafter.{name}" for name in drafter.state_dict()}
+    kept = {f"drafter.{name}" for name in drafter.state_dict()}
+    assert set(objective.state_dict()) == {*kept, "input_sizes"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -237,6 +238,21 @@ def test_published_options_and_those_it_cannot_have():
     ]:
         with pytest.raises(ValueError, match=message):
             TrainOptions(**given, **wrong)
+
+
+@torch.no_grad()
+def test_dividing_inputs_changes_nothing_but_the_way():
+    target = tiny_target()
+    drafter = drafter_for(target)
+    objective = objective_for(target, drafter).train()
+    ids, before = prompt(14), drafter.fc.weight.clone()
+    expected = objective(ids, ids.clone())["loss"]
+    objective.divide_inputs(torch.linspace(0.5, 300, 64))
+    assert not drafter.fc.weight.equal(before)
+    torch.testing.assert_close(objective(ids, ids.clone())["loss"], expected)
+    objective.finish()
+    torch.testing.assert_close(drafter.fc.weight, before)
+    torch.testing.assert_close(objective(ids, ids.clone())["loss"], expected)
 
 
 def test_features_hold_what_is_read_and_the_last_states():
