@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,6 +127,10 @@ def build_page(options: PageOptions) -> gr.Blocks:
                     started = _cycle_tab(answer, started)
                 with gr.Tab("Charts"):
                     _charts_tab(answer, started)
+    # Gradio notes every event and, at the end of each, makes statistics of the last 10,000 that
+    # nobody here reads: memory that grows for days, and a table built anew for every answer.
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
     # Only what runs or loads models queues, and there is no other way to it. Looking at an answer
     # goes on in whatever crowd.
     return page.queue(max_size=options.queue_size, api_open=False)
