@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 CHECKED := taps_hf tests examples benchmarks metrics app.py
 
-.PHONY: install quickstart demo test test-fast test-oldest fuzz quality style clean
+.PHONY: install quickstart demo test test-fast test-oldest test-peers fuzz quality style clean
 
 # torch first and by itself, so that no other package chooses another build of it.
 $(VENV)/.installed: pyproject.toml
@@ -45,6 +45,18 @@ $(VENV)-oldest/.installed: pyproject.toml
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python $(PYTEST) -m "not real"
 
+# Our formats against the software that serves them, in an environment of its own.
+PEERS ?= speculators==0.9.0
+$(VENV)-peers/.installed: pyproject.toml
+	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-peers/bin/python -m pip install --quiet "$(PEERS)"
+	$(VENV)-peers/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+test-peers: $(VENV)-peers/.installed
+	$(VENV)-peers/bin/python -m pytest tests/peers
+
 # Random tests (tests/fuzz): all kinds for so long, or FUZZ_KIND=parity; FUZZ_SEED=17 repeats one case.
 FUZZ_SECONDS ?= 600
 fuzz: install
@@ -61,4 +73,4 @@ style: install
 	$(BIN)/ruff format $(CHECKED)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peers build *.egg-info

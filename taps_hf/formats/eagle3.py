@@ -14,7 +14,7 @@ import torch
 
 from ..drafters.configuration_eagle3 import Eagle3DrafterConfig, default_layer_ids
 from .checkpoint import Checkpoint
-from .layer_fields import llama_fields
+from .layer_fields import flag, llama_fields
 from .reading import Found, Target, ours_in
 from .tensors import check_copy, check_tensors, check_vocabulary
 
@@ -46,6 +46,11 @@ def read(
     ids = _layer_ids(checkpoint, target, notes) if layer_ids is None else list(layer_ids)
     names = _names(checkpoint, layer)
     head = checkpoint.headers.get("lm_head.weight")
+    if head is not None and len(head.shape) != 2:
+        raise ValueError(
+            f"{checkpoint.where('lm_head.weight')} is {head}, expected a matrix: a row for each "
+            "token that is scored."
+        )
     scored = target.vocab_size if head is None else head.shape[0]
     flags = _flags(checkpoint, settings, names)
     if norm_output is not None:
@@ -130,11 +135,11 @@ def _layer_fields(
     checkpoint: Checkpoint, settings: Mapping[str, Any], layer: str, target: Target
 ) -> dict[str, Any]:
     headers, where = checkpoint.headers, str(checkpoint.config_file)
-    types = settings.get("layer_types") or []
-    if "sliding_attention" in types:
+    types = settings.get("layer_types")
+    if types not in (None, [], ["full_attention"]):
         raise ValueError(
-            f"{where} has `layer_types` {types}: heads that attend to a window only are not "
-            "supported."
+            f"{where} has `layer_types` {types!r}, expected ['full_attention']: heads that attend "
+            "to a window only are not supported."
         )
     family = "qwen3" if f"{layer}self_attn.q_norm.weight" in headers else "llama"
     fields = llama_fields(settings, where, family, target.max_positions)
@@ -164,15 +169,15 @@ def _flags(
     checkpoint: Checkpoint, settings: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, bool]:
     """The dialect. Of norms that have tensors these tell as well as flags."""
-    inner = settings.get("eagle_config")
+    inner, where = settings.get("eagle_config"), str(checkpoint.config_file)
     said = {**(inner if isinstance(inner, Mapping) else {}), **settings}
     of_features = any(new.startswith("fc_norm.") for new in names.values())
     return {
-        "norm_before_residual": bool(said.get("norm_before_residual")),
+        "norm_before_residual": flag(said, "norm_before_residual", where),
         "norm_before_fc": "input_norm.weight" in checkpoint.headers
-        or bool(said.get("norm_before_fc")),
-        "fc_norm": of_features or bool(said.get("fc_norm")) or bool(said.get("use_aux_norm")),
-        "norm_output": bool(said.get("norm_output")),
+        or flag(said, "norm_before_fc", where),
+        "fc_norm": of_features or flag(said, "fc_norm", where) or flag(said, "use_aux_norm", where),
+        "norm_output": flag(said, "norm_output", where),
     }
 
 
@@ -289,7 +294,12 @@ def _agreed(
     notes: list[str],
 ) -> torch.Tensor:
     """What d2t and t2d say together, or t2d alone."""
-    chosen = checkpoint.tensor("t2d").flatten().bool()
+    if len(checkpoint.headers["t2d"].shape) != 1 or not checkpoint.headers["t2d"].shape[0]:
+        raise ValueError(
+            f"{checkpoint.where('t2d')} is {checkpoint.headers['t2d']}, expected a truth value for "
+            "each token of the target's."
+        )
+    chosen = checkpoint.tensor("t2d").bool()
     check_vocabulary(checkpoint, len(chosen), target.vocab_size, "the tensor t2d")
     if ids is None:
         found = chosen.nonzero().flatten()

@@ -45,7 +45,7 @@ def llama_fields(
             else _size(config, "head_dim", where)
         ),
         "hidden_act": config.get("hidden_act") or "silu",
-        "rms_norm_eps": float(config.get("rms_norm_eps") or 1e-6),
+        "rms_norm_eps": _number(config, "rms_norm_eps", 1e-6, where),
         "rope_parameters": rope_parameters(config, where),
         "max_position_embeddings": max_positions,
         "num_hidden_layers": 1,
@@ -75,15 +75,17 @@ def rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind == "mrope":  # of text alone all three positions are the same
         kind = "default"
         rope = {k: v for k, v in rope.items() if k == "rope_theta"}
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(
             f"{where} scales rotary positions by {kind!r}, expected one of {', '.join(_SCALINGS)}."
         )
-    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    partly = [given.get("partial_rotary_factor") for given in (rope, config)]
+    if any(factor not in (None, 1) for factor in partly):
         raise ValueError(f"{where} rotates a part of each head only, expected the whole of it.")
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    theta = _number(config, "rope_theta", 10000.0, where)
+    theta = _number(rope, "rope_theta", theta, where)
     kept = {k: v for k, v in rope.items() if k not in ("type", "partial_rotary_factor")}
-    return {**kept, "rope_type": kind, "rope_theta": float(theta)}
+    return {**kept, "rope_type": kind, "rope_theta": theta}
 
 
 def _size(config: Mapping[str, Any], name: str, where: str) -> int:
@@ -91,3 +93,25 @@ def _size(config: Mapping[str, Any], name: str, where: str) -> int:
     if type(value) is not int or not 0 < value < 2**24:
         raise ValueError(f"{where} has `{name}` {value!r}, expected a positive integer.")
     return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, where: str) -> float:
+    value = config.get(name)
+    if value is None:
+        return default
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not 0 < value < 1e12:
+        raise ValueError(f"{where} has `{name}` {value!r}, expected a positive number.")
+    return float(value)
+
+
+def flag(config: Mapping[str, Any], name: str, where: str) -> bool:
+    """A truth value; False where there is none.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{where} has `{name}` {value!r}, expected true or false.")
+    return bool(value)

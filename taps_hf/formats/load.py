@@ -16,7 +16,7 @@ from ..drafters.configuration_eagle import EagleDrafterConfig
 from ..drafters.modeling_eagle import EagleDrafter
 from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, Header, open_checkpoint
 from .eagle import read as read_eagle
 from .eagle3 import read as read_eagle3
 from .reading import Found, Target
@@ -49,7 +49,7 @@ def is_ours(source: str | Path, **finding: Any) -> str | None:
         ValueError: if it is no JSON object.
     """
     kind = read_object(find_file(source, "config.json", finding, required=True)).get("model_type")
-    return kind if kind in OURS else None
+    return kind if isinstance(kind, str) and kind in OURS else None
 
 
 def read_drafter(
@@ -147,7 +147,7 @@ def recognise(checkpoint: Checkpoint) -> str:
     """
     headers, folder = checkpoint.headers, checkpoint.config_file.parent
     said = checkpoint.config.get("speculators_model_type")
-    if said is not None and said not in _SPECULATORS:
+    if said is not None and (not isinstance(said, str) or said not in _SPECULATORS):
         raise ValueError(
             f"{checkpoint.config_file} has `speculators_model_type` {said!r}, expected one of "
             f"{', '.join(_SPECULATORS)}: other kinds are not supported."
@@ -160,13 +160,8 @@ def recognise(checkpoint: Checkpoint) -> str:
     if any(name.startswith("midlayer.") or ".hidden_norm." in name for name in headers):
         return "eagle3"
     fc = headers.get("fc.weight") or headers.get("fusion_fc.weight")
-    query = headers.get("layers.0.self_attn.q_proj.weight")
-    if fc is None and query is not None:
-        wide = len(query.shape) == 2 and query.shape[1] == 2 * checkpoint.config.get(
-            "hidden_size", 0
-        )
-        if wide:  # an EAGLE-3 head without a projection: its reader says what is wrong with it
-            return "eagle3"
+    if fc is None and _reads_two(headers):
+        return "eagle3"  # one without a projection: its reader says what is wrong with it
     if fc is None or len(fc.shape) != 2:
         names = ", ".join(sorted(headers)[:3])
         raise ValueError(
@@ -174,6 +169,13 @@ def recognise(checkpoint: Checkpoint) -> str:
             f"{len(headers)} tensors ({names}, …)."
         )
     return "eagle"
+
+
+def _reads_two(headers: Mapping[str, Header]) -> bool:
+    """Whether the first layer's attention reads twice as much as it gives."""
+    query, output = (headers.get(f"layers.0.self_attn.{name}_proj.weight") for name in "qo")
+    matrices = query is not None and output is not None and len(query.shape) == 2
+    return matrices and output.shape[:1] == (query.shape[1] // 2,)
 
 
 def _made(found: Found, dtype: torch.dtype | Literal["auto"]) -> FeatureDrafter:

@@ -65,11 +65,11 @@ def check_not_quantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_vocabulary(checkpoint: Checkpoint, found: int, target_rows: int, what: str) -> None:
+def check_vocabulary(checkpoint: Checkpoint, found: object, target_rows: int, what: str) -> None:
     """Raise `ValueError` if a vocabulary cannot be the target's, but for rows of padding."""
-    if abs(found - target_rows) >= _PADDING:
+    if type(found) is not int or abs(found - target_rows) >= _PADDING:
         raise ValueError(
-            f"{checkpoint.config_file.parent}: {what} has {found} tokens, but the target has "
+            f"{checkpoint.config_file.parent}: {what} has {found!r} tokens, but the target has "
             f"{target_rows}: it was made for another vocabulary."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -488,6 +489,39 @@ def test_a_target_of_another_width_is_named(tmp_path):
     foreign.write(tmp_path, foreign.eagle3(), config)
     with pytest.raises(ValueError, match=r"fc.weight is float32 \[32, 96\], expected \[16, 48\]"):
         load_drafter(str(tmp_path), foreign.target())
+
+
+ODD_VALUES = [-1, 0, 1.5, "x", [], {}, [1, "a"], {"a": 1}, True, 10**30, float("nan")]
+ODD_FIELDS = {*EAGLE_CONFIG, *EAGLE3_CONFIG, *SPECULATORS_CONFIG, "eagle_config", "layer_types"}
+ODD_FIELDS |= {"rope_scaling", "rope_parameters", "head_dim", "norm_output", "taps_hf", "bias"}
+ODD_FIELDS |= {"eagle_aux_hidden_state_layer_ids", "partial_rotary_factor"}
+
+
+@pytest.mark.parametrize("field", sorted(ODD_FIELDS))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fields_of_nonsense_raise_nothing_else(tmp_path, field):
+    """Read or refused: a file is data, and nobody should have to look at a traceback."""
+    read = 0
+    for tensors, config in (
+        (foreign.eagle(), EAGLE_CONFIG),
+        (foreign.eagle3("layers.0."), SPECULATORS_CONFIG),
+    ):
+        foreign.write(tmp_path, tensors, config)
+        for value in ODD_VALUES:
+            (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+            with contextlib.suppress(ValueError):
+                read += load_drafter(str(tmp_path), foreign.target()) is not None
+    if field in ("hidden_size", "num_attention_heads", "transformer_layer_config"):
+        assert read < 2 * len(ODD_VALUES)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (1, 1, 1), (0, 4)], ids=str)
+def test_tensors_of_odd_shapes_are_refused(tmp_path, shape):
+    for tensors, config in ((foreign.eagle(), EAGLE_CONFIG), (foreign.eagle3(), EAGLE3_CONFIG)):
+        for name, x in tensors.items():
+            foreign.write(tmp_path, {**tensors, name: torch.zeros(shape, dtype=x.dtype)}, config)
+            with pytest.raises(ValueError, match=r"\w"):
+                load_drafter(str(tmp_path), foreign.target())
 
 
 @pytest.mark.parametrize("how", ["safetensors", "pickle"])
