@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-
-_ALIGNED = 8  # elements: rows of masks begin at multiples, or CUDA's kernels copy them in each layer
+# Elements at whose multiples rows begin: CUDA's kernels would copy other masks in every layer.
+_ALIGNED = 8
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype, past: int = 0) -> torch.Tensor:

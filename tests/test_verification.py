@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 import taps_hf
 from taps_hf import verification
@@ -162,6 +163,31 @@ def test_the_walk_loses_nothing_that_follows_either_of_two_copies():
         assert path[2] is None
         assert tree.proposers(path[0]) == (0, 1)
         assert tree.proposers(path[1]) == (follows - 2,)
+
+
+def test_tokens_read_back_at_once_are_those_read_one_by_one():
+    """As on a GPU, greedily and without processors; criteria of unknown kinds see each token."""
+    generator = torch.Generator().manual_seed(0)
+    parents = torch.tensor([-1, 0, 0, 1, 1])
+    tokens, depths = torch.tensor([3, 0, 1, 0, 2]), torch.tensor([0, 1, 1, 2, 2])
+    ones = torch.ones(1, 5)
+    tree = taps_hf.DraftTree(tokens, parents, depths, ones, ones)
+    lengths = set()
+    for _ in range(50):
+        logits = torch.randint(0, 4, (5, 4), generator=generator).to(torch.bfloat16)  # with ties
+        for length in (3, 9):
+            walks = []
+            for at_once in (False, True):
+                stop = StoppingCriteriaList([MaxLengthCriteria(length)])
+                start = torch.tensor([[1, 3]])
+                walk = Walk(start, LogitsProcessorList(), stop, WalkVerifier, False)
+                assert not walk._chooses_at_once  # on a CPU
+                walk._chooses_at_once = at_once
+                path = walk.along(tree, logits)
+                walks.append((path.nodes, path.accepted, path.tokens.tolist(), walk.is_finished))
+            assert walks[0] == walks[1]
+            lengths.add(len(walks[0][0]))
+    assert lengths == {1, 2, 3}
 
 
 def test_a_walk_is_plain_generates_inner_loop():
