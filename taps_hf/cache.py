@@ -28,6 +28,7 @@ class _Buffer:
         self.data: torch.Tensor | None = None
         self.start = 0
         self.end = 0
+        self.pool: _Pool | None = None
 
     @property
     def view(self) -> torch.Tensor:
@@ -36,36 +37,62 @@ class _Buffer:
     def append(self, states: torch.Tensor) -> None:
         """Append states of shape (batch, heads, n, head_dim)."""
         n = states.shape[2]
-        if self.data is None or self.end + n > self.data.shape[2]:
-            self._reallocate(states, n)
+        if self.data is None:  # as they are: they are copied when there is a pool
+            self.data, self.end = states, n
+            return
+        if self.end + n > self.data.shape[2]:
+            (self.pool or _Pool([], [self])).grow(n)  # alone where no path was ever kept
         self.data[:, :, self.end : self.end + n] = states
         self.end += n
 
-    def _reallocate(self, like: torch.Tensor, extra: int) -> None:
-        """Move what is in use to the front of a buffer with room for as much again."""
-        length = self.end - self.start
-        shape = (*like.shape[:2], 2 * (length + extra) + _INITIAL_SLACK, like.shape[3])
-        data = like.new_empty(shape)
-        if length:
-            data[:, :, :length] = self.view
-        self.data, self.start, self.end = data, 0, length
-
-    def keep(self, past: int, rows: torch.Tensor | None, count: int) -> None:
-        """Of everything after the first `past` entries, keep `rows` (or the first `count`)."""
-        base = self.start + past
-        if rows is not None:
-            self.data[:, :, base : base + count] = self.data[:, :, base + rows]
-        self.end = base + count
-
     def select(self, rows: torch.Tensor) -> None:
-        """Keep `rows` of the batch."""
-        self.data = self.data[rows]
+        """Keep `rows` of the batch, in memory of its own."""
+        self.data, self.pool = self.data[rows], None
 
-    def row(self, row: int) -> _Buffer:
-        """One row of the batch, in the same memory."""
-        view = copy.copy(self)
-        view.data = self.data[row : row + 1]
-        return view
+
+class _Pool:
+    """Buffers of one shape that are used alike, in one piece of memory.
+
+    Of a tree's entries a path is kept in all of them by one copy: on a GPU one for each layer's
+    keys and values would be as many kernels as a tenth of the target's pass.
+
+    Args:
+        layers: whose buffers they are.
+        buffers: of equal shapes but for capacities.
+    """
+
+    def __init__(self, layers: list[_GrowingMixin], buffers: list[_Buffer]) -> None:
+        self.layers, self.buffers = layers, buffers
+        self.data: torch.Tensor | None = None  # (buffers, batch, heads, capacity, head_dim)
+
+    def grow(self, extra: int) -> None:
+        """Move what is in use to the front of memory with room for as much again."""
+        # In the middle of a pass some layers have appended already, or let go of something.
+        start = min(buffer.start for buffer in self.buffers)
+        length = max(buffer.end for buffer in self.buffers) - start
+        batch, heads, _, size = self.buffers[0].data.shape
+        capacity = 2 * (length + extra) + _INITIAL_SLACK
+        shape = (len(self.buffers), batch, heads, capacity, size)
+        data = self.buffers[0].data.new_empty(shape)
+        for buffer, place in zip(self.buffers, data):
+            place[:, :, buffer.start - start : buffer.end - start] = buffer.view
+        self.use(data)
+        for buffer in self.buffers:
+            buffer.start, buffer.end = buffer.start - start, buffer.end - start
+        for layer in self.layers:
+            layer._refresh()
+
+    def use(self, data: torch.Tensor) -> None:
+        """Let the buffers live in this memory."""
+        self.data = data
+        for buffer, place in zip(self.buffers, data):
+            buffer.data, buffer.pool = place, self if self.layers else None
+
+    def gather(self, past: int, rows: torch.Tensor) -> None:
+        """Move `rows` of everything after the first `past` entries to its front."""
+        base = self.buffers[0].start + past
+        rows = rows.to(self.data.device, non_blocking=self.data.device.type != "cpu")
+        self.data[:, :, :, base : base + len(rows)] = self.data[:, :, :, base + rows]
 
 
 class _GrowingMixin:
@@ -85,22 +112,19 @@ class _GrowingMixin:
     def _refresh(self) -> None:
         self.keys, self.values = (buffer.view for buffer in self._buffers)
 
-    def keep(self, past: int, rows: torch.Tensor | None, count: int) -> None:
-        """Of everything after the first `past` stored entries, keep `rows` (or `count` of them).
-
-        Args:
-            past: stored entries to leave alone.
-            rows: int64 of shape (count,), ascending, relative to `past`; None for 0..count-1.
-            count: number of entries to keep after `past`.
-        """
+    def cut(self, past: int, count: int) -> None:
+        """Of everything after the first `past` stored entries, keep the first `count`."""
         # Layers that share another layer's states store none; a pass can fail before the first.
-        if not hasattr(self, "_buffers") or self._buffers[1].data is None:
+        if not self.stores:
             return
-        if rows is not None:
-            rows = rows.to(self.keys.device)
         for buffer in self._buffers:
-            buffer.keep(past, rows, count)
+            buffer.end = buffer.start + past + count
         self._refresh()
+
+    @property
+    def stores(self) -> bool:
+        """Whether there are any states."""
+        return hasattr(self, "_buffers") and self._buffers[1].data is not None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep those rows of the batch; int64 of shape (rows,)."""
@@ -108,13 +132,6 @@ class _GrowingMixin:
             for buffer in self._buffers:
                 buffer.select(indices.to(self.keys.device))
             self._refresh()
-
-    def row(self, row: int) -> _GrowingMixin:
-        """A layer with one row of the batch, in the same memory."""
-        view = copy.copy(self)
-        view._buffers = tuple(buffer.row(row) for buffer in self._buffers)
-        view._refresh()
-        return view
 
 
 class GrowingLayer(_GrowingMixin, DynamicLayer):
@@ -146,9 +163,9 @@ class GrowingSlidingWindowLayer(_GrowingMixin, DynamicSlidingWindowLayer):
         self.cumulative_length += key_states.shape[-2]
         return self.keys, self.values
 
-    def keep(self, past: int, rows: torch.Tensor | None, count: int) -> None:
+    def cut(self, past: int, count: int) -> None:
         dropped = self.keys.shape[-2] - past - count if self.is_initialized else 0
-        super().keep(past, rows, count)
+        super().cut(past, count)
         self.cumulative_length -= dropped
         self.forget()
 
@@ -231,6 +248,7 @@ class InPlaceCache:
         cache.layers = [_growing(layer) for layer in cache.layers]
         if self._layer_class is not None:  # DynamicCache() makes its layers as they are needed
             cache.layer_class_to_replicate = GrowingLayer
+        self._pools: list[_Pool] = []
 
     @property
     def length(self) -> int:
@@ -239,6 +257,7 @@ class InPlaceCache:
 
     def stored_lengths(self) -> list[int]:
         """Entries each layer carries into the next pass; give it to `keep` afterwards."""
+        self._form_pools()
         lengths = []
         for layer in self.cache.layers:
             if isinstance(layer, GrowingSlidingWindowLayer):
@@ -253,14 +272,36 @@ class InPlaceCache:
             past: what `stored_lengths` gave before the pass.
             rows: indices of the entries to keep, relative to the pass.
         """
-        count = len(rows)
-        index = None
-        if rows != list(range(count)):
-            index = torch.tensor(rows, device=self.cache.layers[0].keys.device)
         # Layers that were made during the pass had nothing stored before it.
-        past = past + [0] * (len(self.cache.layers) - len(past))
-        for layer, stored in zip(self.cache.layers, past):
-            layer.keep(stored, index, count)
+        stored = dict(zip(map(id, self.cache.layers), past))
+        if rows != list(range(len(rows))):
+            self._form_pools()
+            index = torch.tensor(rows)
+            for pool in self._pools:
+                pool.gather(stored.get(id(pool.layers[0]), 0), index)
+        for layer in self.cache.layers:
+            layer.cut(stored.get(id(layer), 0), len(rows))
+
+    def _form_pools(self) -> None:
+        """Put layers that have none into pools, with those that are used alike."""
+        alike: dict[object, list[_GrowingMixin]] = {}
+        for layer in self.cache.layers:
+            if not layer.stores or layer._buffers[0].pool is not None:
+                continue
+            keys, values = (buffer.data for buffer in layer._buffers)
+            window = getattr(layer, "sliding_window", None)
+            kind = (keys.device, keys.dtype, keys.shape[:2], keys.shape[3], values.shape[3])
+            used = (layer._buffers[0].start, layer._buffers[0].end)
+            alike.setdefault((window, kind, used), []).append(layer)
+        for layers in alike.values():
+            pairs = [layer._buffers for layer in layers]
+            together = [[buffer for pair in pairs for buffer in pair]]
+            if pairs[0][0].data.shape[3] != pairs[0][1].data.shape[3]:  # keys from values
+                together = [list(some) for some in zip(*pairs)]
+            for buffers in together:
+                pool = _Pool(layers, buffers)
+                pool.grow(0)
+                self._pools.append(pool)
 
     def crop(self, length: int) -> bool:
         """Keep the first `length` tokens, if no layer has let go of what it would need again."""
@@ -269,22 +310,45 @@ class InPlaceCache:
             if windowed and layer.keys.shape[-2] < layer.cumulative_length:
                 return False
         for layer in self.cache.layers:
-            layer.keep(length, None, 0)
+            layer.cut(length, 0)
         return True
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep those rows of the batch; int64 of shape (rows,)."""
         for layer in self.cache.layers:
             layer.batch_select_indices(rows)
+        self._pools = []
 
     def row(self, row: int) -> InPlaceCache:
         """One row of the batch, in the same memory.
 
         What is appended to it stays unknown to this cache, which later writes over it.
         """
+        self._form_pools()
         view = copy.copy(self)
         view.cache = copy.copy(self.cache)
-        view.cache.layers = [layer.row(row) for layer in self.cache.layers]
+        view.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in view.cache.layers:
+            if layer.stores:
+                layer._buffers = tuple(copy.copy(buffer) for buffer in layer._buffers)
+        places = {id(layer): place for place, layer in enumerate(self.cache.layers)}
+        view._pools = []
+        for pool in self._pools:
+            layers = [view.cache.layers[places[id(layer)]] for layer in pool.layers]
+            # Of each layer keys, values or both, in the order they have in the pool.
+            wanted = {id(buffer) for buffer in pool.buffers}
+            buffers = [
+                copied
+                for old, new in zip(pool.layers, layers)
+                for buffer, copied in zip(old._buffers, new._buffers)
+                if id(buffer) in wanted
+            ]
+            one = _Pool(layers, buffers)
+            one.use(pool.data[:, row : row + 1])
+            view._pools.append(one)
+        for layer in view.cache.layers:
+            if layer.stores:
+                layer._refresh()
         return view
 
     def release(self) -> None:

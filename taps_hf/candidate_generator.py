@@ -103,7 +103,7 @@ class TreeCandidateGenerator(CandidateGenerator):
         """The tree to verify in this cycle.
 
         Args:
-            root: (1,) int64: the last emitted token.
+            root: (1,) int64: the last emitted token; on the CPU it need not be read back.
             max_depth: no node may lie deeper; with 0 nothing is drafted.
 
         Returns:
@@ -113,7 +113,8 @@ class TreeCandidateGenerator(CandidateGenerator):
             ValueError: naming the strategy, if what it decided makes no sense.
         """
         count = len(self._everyone)
-        nothing = Choice(DraftTree.root(root.cpu(), count), ())
+        root = root.cpu()
+        nothing = Choice(DraftTree.root(root, count), ())
         if max_depth < 1:
             return nothing
         asked = check_asked(self.strategy, self.strategy.ask(self._everyone), count)

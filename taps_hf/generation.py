@@ -25,7 +25,7 @@ from .candidate_generator import TreeCandidateGenerator
 from .drafters.base import Drafter
 from .drafters.ensemble import layers_read
 from .strategies import Auto, Strategy, get_strategy
-from .target import TargetSession
+from .target import TargetSession, rows_of
 from .trace import CycleTrace, Recorder, SpeculativeDecoderOnlyOutput
 from .trees.shapes import DynamicTree, TreeShape
 from .validation import (
@@ -154,7 +154,7 @@ class SpeculativeDecoding:
             do_sample,
             keep_scores=as_dict and generation_config.output_scores,
             keep_logits=as_dict and generation_config.output_logits,
-            on_token=None if streamer is None else lambda token: streamer.put(token.cpu()),
+            on_token=None if streamer is None else streamer.put,
         )
         layers = layers_read(self.drafters.values())
         with TargetSession(model, input_ids, generation_config, model_kwargs, layers) as target:
@@ -211,8 +211,8 @@ def decode(
     while not walk.is_finished:
         # Draft. Of a path of d nodes at most d + 1 tokens are emitted.
         recorder.start()
-        room = min(max_length - walk.input_ids.shape[1], target.room)
-        choice = drafting.propose(walk.input_ids[0, -1:], max_depth=room - 1)
+        room = min(max_length - walk.text.shape[1], target.room)
+        choice = drafting.propose(walk.text[0, -1:], max_depth=room - 1)
         recorder.lap()
         # Verify: one pass of the target over the tree.
         logits, states = target.verify(choice.tree)
@@ -221,7 +221,7 @@ def decode(
         path = walk.along(choice.tree, logits)
         # Keep the states of the tokens emitted but for the last, which is the new root.
         target.keep(path.nodes)
-        drafting.observe(path.tokens, {layer: x[path.nodes] for layer, x in states.items()})
+        drafting.observe(path.tokens, rows_of(states, path.nodes))
         # Observe: the strategy hears what became of its choice.
         cycle = recorder.cycle(choice.tree, choice.drafters, path)
         drafting.record(cycle)

@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import CACHE, GrowingSlidingWindowLayer, InPlaceCache
 from .masks import additive
-from .trees.tree import DraftTree
+from .trees.tree import DraftTree, move_together
 
 LAST = -1
 """Among layers: the last hidden states, after the final norm: what the LM head reads."""
@@ -197,7 +197,6 @@ class TargetSession:
         self.device = model.get_input_embeddings().weight.device
         self._prefill_chunk_size = generation_config.prefill_chunk_size
         config = model.config.get_text_config(decoder=True)
-        self._eager = config._attn_implementation == "eager"
         windowed = masks_windows(model)
         self._window = getattr(config, "sliding_window", None) if windowed else None
         self._layer_types = _layer_types(config) if windowed else {"full_attention": 0}
@@ -293,14 +292,15 @@ class TargetSession:
             logits of shape (N, vocabulary), and by layer states of shape (N, hidden), in the
             model's dtype.
         """
-        ancestors = tree.ancestors()  # on the CPU, where the tree is: it reads numbers back
-        tree = tree.to(self.device)
+        tokens, depths, ancestors = move_together(
+            [tree.tokens, tree.depths, tree.ancestors()], self.device
+        )
         past = self._cache.length
         self._stored = self._cache.stored_lengths()
         return self._run(
-            input_ids=tree.tokens[None],
-            attention_mask=self._tree_masks(tree, ancestors.to(self.device), past),
-            position_ids=(tree.depths + self.root_position)[None],
+            input_ids=tokens[None],
+            attention_mask=self._tree_masks(depths, ancestors, past),
+            position_ids=(depths + self.root_position)[None],
         )
 
     def _run(self, **inputs: Any) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -333,30 +333,32 @@ class TargetSession:
         self._cache.release()
 
     def _tree_masks(
-        self, tree: DraftTree, ancestors: torch.Tensor, past: int
+        self, depths: torch.Tensor, ancestors: torch.Tensor, past: int
     ) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """What each node may attend to: the past and its ancestors, within the window if any.
 
         Returns:
-            (1, 1, N, stored + N) bool or additive, a dictionary of such by layer type for models
-            with several types, or None where one node sees everything.
+            (1, 1, N, stored + N), additive, a dictionary of such by layer type for models with
+            several types, or None where one node sees everything.
         """
-        if len(tree) == 1 and self._prompt_mask is None and self._window is None:
+        if len(depths) == 1 and self._prompt_mask is None and self._window is None:
             return None
-        full = torch.cat([ancestors.new_ones(len(tree), past), ancestors], dim=1)
-        if self._prompt_mask is not None:
-            # What was emitted since is real. At first the root is the prompt's own last token.
-            known = min(past + 1, self._prompt_mask.shape[1])
-            full[:, :known] &= self._prompt_mask[:, :known]
+        dtype = self.model.dtype
+        never = torch.finfo(dtype).min
         masks = {}
         for layer_type, layer_index in self._layer_types.items():
-            mask = full
+            stored = self._stored_by(layer_index, past)
+            first = past - stored  # where the first key stands in the sequence (padding counts)
+            mask = additive(ancestors, dtype, stored)
+            if self._prompt_mask is not None:
+                # What was emitted since is real. At first the root is the prompt's own last token.
+                known = self._prompt_mask[:, first : past + 1]
+                mask[:, : known.shape[1]].masked_fill_(~known, never)
             if layer_type == "sliding_attention":
-                # Position in the sequence (padding counts) of every key and of every query.
-                keys = torch.cat([torch.arange(past, device=self.device), past + tree.depths])
-                queries = past + tree.depths
-                mask = full & (keys[None, :] > queries[:, None] - self._window)
-            masks[layer_type] = self._additive(mask[:, past - self._stored_by(layer_index, past) :])
+                queries = past + depths
+                keys = torch.cat([torch.arange(first, past, device=self.device), queries])
+                mask.masked_fill_(keys[None, :] <= queries[:, None] - self._window, never)
+            masks[layer_type] = mask[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _stored_by(self, layer_index: int, past: int) -> int:
@@ -366,12 +368,14 @@ class TargetSession:
             return self._stored[layer_index]
         return past
 
-    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
-        """As attention adds it: eager needs that; on a CPU sdpa would make it in every layer."""
-        mask = mask[None, None]
-        if not self._eager and mask.device.type != "cpu":
-            return mask
-        return additive(mask, self.model.dtype)
+
+def rows_of(states: Mapping[int, torch.Tensor], nodes: Sequence[int]) -> dict[int, torch.Tensor]:
+    """By layer (n, hidden), the states of n nodes, of those of all, (N, hidden)."""
+    index = torch.tensor(nodes)
+    return {
+        layer: x[index.to(x.device, non_blocking=x.device.type != "cpu")]
+        for layer, x in states.items()
+    }
 
 
 def _mask_length(generation_config: GenerationConfig) -> int | None:

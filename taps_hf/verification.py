@@ -10,7 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from .trees.tree import DraftTree
 
@@ -27,7 +34,7 @@ class Verifier(ABC):
         self.do_sample = do_sample
 
     @abstractmethod
-    def step(self, node: int, scores: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    def step(self, node: int, scores: torch.Tensor) -> tuple[int, int | None]:
         """Choose the next token.
 
         Args:
@@ -35,7 +42,7 @@ class Verifier(ABC):
             scores: (1, vocabulary) float32: the target's processed scores there.
 
         Returns:
-            the token, (1,) int64, and the child that carries it; None if the walk ends here.
+            the token, and the child that carries it; None if the walk ends here.
         """
 
 
@@ -50,13 +57,17 @@ class WalkVerifier(Verifier):
         super().__init__(tree, do_sample)
         self._children = tree.children()
 
-    def step(self, node: int, scores: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    def step(self, node: int, scores: torch.Tensor) -> tuple[int, int | None]:
         if self.do_sample:
             probabilities = torch.softmax(scores, dim=-1)
-            token = torch.multinomial(probabilities, num_samples=1).squeeze(1)
+            token = int(torch.multinomial(probabilities, num_samples=1))
         else:
-            token = torch.argmax(scores, dim=-1)
-        return token, self._children.get((node, int(token)))
+            token = int(torch.argmax(scores, dim=-1))
+        return token, self.child(node, token)
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of a node that carries a token."""
+        return self._children.get((node, token))
 
 
 class RejectionVerifier(Verifier):
@@ -83,7 +94,7 @@ class RejectionVerifier(Verifier):
         for parent, child, row in zip(*triples.tolist()):
             self._attempts.setdefault(parent, []).append((child, row))
 
-    def step(self, node: int, scores: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    def step(self, node: int, scores: torch.Tensor) -> tuple[int, int | None]:
         if self.do_sample:
             target = torch.softmax(scores[0], dim=-1)
         else:
@@ -95,15 +106,18 @@ class RejectionVerifier(Verifier):
                 drafts[row] = self._probabilities[row].to(target.device, copy=True)
             draft, token = drafts[row], self._tokens[child]
             if torch.rand((), device=target.device) * draft[token] < target[token]:
-                return scores.new_tensor([token], dtype=torch.long), child
+                return token, child
             residual = (target - draft).clamp(min=0.0)
             total = residual.sum()
             # p = q exactly leaves nothing over; then rejection had probability 0 but for rounding.
             target = torch.where(total > 0, residual / total, target)
             draft[token] = 0.0
             drafts[row] = draft / draft.sum().clamp(min=torch.finfo(draft.dtype).tiny)
-        return torch.multinomial(target, num_samples=1), None
+        return int(torch.multinomial(target, num_samples=1)), None
 
+
+# Those of transformers that read nothing but the text, and decide by it alone (or by the clock).
+_READ_THE_TEXT = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)
 
 VERIFIERS: dict[str, type[Verifier]] = {"walk": WalkVerifier, "rejection": RejectionVerifier}
 
@@ -116,7 +130,7 @@ class Walked:
         nodes: at which a token was emitted, the root first: their states are kept.
         accepted: the nodes that carried the tokens emitted, from depth 1 on: as many as tokens, or
             one fewer where the last is the target's own.
-        tokens: (m,) int64: emitted.
+        tokens: (m,) int64, on the CPU: emitted.
     """
 
     nodes: list[int]
@@ -126,6 +140,9 @@ class Walked:
 
 class Walk:
     """Plain generate's inner loop: from the scores of one position to the next token.
+
+    The text is kept on the CPU, where the tree is. Processors, and criteria of unknown kinds, get
+    it where `input_ids` was.
 
     Args:
         input_ids: (1, T) int64: what there is so far.
@@ -147,13 +164,31 @@ class Walk:
         keep_logits: bool = False,
         on_token: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        self.input_ids = input_ids
+        self.text = input_ids.cpu()  # (1, T) int64
         self.is_finished = False
         # As `generate` returns them: of every token, (1, vocabulary) float32; None if not asked.
         self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep_logits else None
         self._processor, self._criteria = logits_processor, stopping_criteria
         self._verifier, self._do_sample, self._on_token = verifier, do_sample, on_token
+        self._device = input_ids.device
+        self._stops_by_text = isinstance(stopping_criteria, StoppingCriteriaList) and all(
+            type(criterion) in _READ_THE_TEXT for criterion in stopping_criteria
+        )
+        # Every token that is read back makes the host wait for a GPU. Where logits alone decide
+        # all nodes' are read at once; on a CPU that would be work for nothing.
+        self._chooses_at_once = (
+            input_ids.device.type != "cpu"
+            and verifier is WalkVerifier
+            and not (do_sample or keep_scores or keep_logits)
+            and isinstance(logits_processor, LogitsProcessorList)
+            and not logits_processor
+        )
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """(1, T) int64: what there is so far, where it was at first."""
+        return self.text.to(self._device, non_blocking=self._device.type != "cpu")
 
     def along(self, tree: DraftTree, logits: torch.Tensor) -> Walked:
         """Emit tokens for as long as the tree holds the token emitted, and one more.
@@ -163,24 +198,29 @@ class Walk:
             logits: (N, vocabulary): its scores at the nodes.
         """
         verifier = self._verifier(tree, self._do_sample)
+        chosen = logits.argmax(dim=-1).tolist() if self._chooses_at_once else None
         node, nodes, accepted = 0, [], []
-        start = self.input_ids.shape[1]
+        start = self.text.shape[1]
         while node is not None and not self.is_finished:
             nodes.append(node)
-            token, node = verifier.step(node, self._score(logits[node]))
+            if chosen is None:
+                token, node = verifier.step(node, self._score(logits[node]))
+            else:
+                token, node = chosen[node], verifier.child(node, chosen[node])
             if node is not None:
                 accepted.append(node)
-            self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
-            self.is_finished = bool(self._criteria(self.input_ids, self.scores).all())
+            self.text = torch.cat([self.text, torch.tensor([[token]])], dim=-1)
+            seen = self.text if self._stops_by_text else self.input_ids
+            self.is_finished = bool(self._criteria(seen, self.scores).all())
             if self._on_token is not None:
-                self._on_token(token)
+                self._on_token(torch.tensor([token]))
         # A copy: whoever keeps it should not keep all of the text.
-        return Walked(nodes, accepted, self.input_ids[0, start:].clone())
+        return Walked(nodes, accepted, self.text[0, start:].clone())
 
     def _score(self, logits: torch.Tensor) -> torch.Tensor:
         """(1, vocabulary) float32, processed, from (vocabulary,)."""
         # A copy: processors may write into what they get.
-        plain = logits[None].to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        plain = logits[None].to(copy=True, dtype=torch.float32, device=self._device)
         scores = self._processor(self.input_ids, plain)
         if self.scores is not None:
             self.scores += (scores,)

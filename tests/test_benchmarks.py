@@ -388,7 +388,7 @@ def test_second_turns_are_plain_generates(models, questions, capsys):
 
 def test_operations_are_counted_without_those_that_do_nothing():
     x = torch.ones(4, 4)
-    with launches.WorkCounter() as counter:
+    with launches.WorkCounter(torch.device("cpu")) as counter:
         y = x.view(2, 8).T[:1] + 1  # only the sum does anything
         y.add_(torch.empty_like(y))
     assert counter.counts == {"add": 1, "add_": 1}

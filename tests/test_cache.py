@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -154,13 +156,13 @@ def test_layers_without_states_of_their_own_stay_empty():
 @pytest.mark.parametrize("window", [None, 16])
 def test_copies_are_amortised(monkeypatch, window):
     copied = []
-    original = module._Buffer._reallocate
+    original = module._Pool.grow
 
-    def counted(self, like, extra):
-        copied.append(self.end - self.start)
-        original(self, like, extra)
+    def counted(self, extra):
+        copied.append(sum(buffer.end - buffer.start for buffer in self.buffers))
+        original(self, extra)
 
-    monkeypatch.setattr(module._Buffer, "_reallocate", counted)
+    monkeypatch.setattr(module._Pool, "grow", counted)
     layer, _ = pair(window)
     tokens = 5000
     new = states(1)
@@ -178,11 +180,36 @@ def test_copies_are_amortised(monkeypatch, window):
 
 def test_appending_does_not_move_what_is_there():
     layer = GrowingLayer()
-    layer.update(*states(5))
+    layer.update(*states(2))
+    layer.update(*states(3, 2))
     where = layer.keys.data_ptr()
     layer.update(*states(7, 5))
     assert layer.keys.data_ptr() == where
     assert held(layer) == list(range(12))
+
+
+def test_a_path_is_kept_by_one_copy_for_all_layers_that_are_alike():
+    cache = dynamic_cache(None, None, None, 8, 8)
+    borrowed = InPlaceCache(cache)
+    for _ in range(2):
+        stored = borrowed.stored_lengths()
+        for layer in range(5):
+            cache.update(*states(6), layer)
+    copies = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                copies[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        borrowed.keep(stored, [0, 2, 5])
+    assert copies["index"] == copies["copy_"] == 2  # full attention and windows
+    borrowed.release()
+    assert [held(layer) for layer in cache.layers] == [[*range(6), 0, 2, 5]] * 3 + [
+        [2, 3, 4, 5, 0, 2, 5]
+    ] * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 import taps_hf
 from taps_hf import verification
@@ -88,8 +89,8 @@ def test_a_wrong_rule_is_caught(expected, monkeypatch):
             for child, row in self._attempts.get(node, ()):
                 token = self._tokens[child]
                 if torch.rand(()) * self._probabilities[row, token] < target[token]:
-                    return torch.tensor([token]), child
-            return torch.multinomial(target, 1), None
+                    return token, child
+            return int(torch.multinomial(target, 1)), None
 
     monkeypatch.setitem(verification.VERIFIERS, "rejection", NoResidual)
     torch.manual_seed(0)
@@ -156,12 +157,37 @@ def test_the_walk_loses_nothing_that_follows_either_of_two_copies():
             scores = torch.zeros(1, 4)
             scores[0, right] = 9.0
             token, node = walk.step(node, scores)
-            assert token.tolist() == [right]
+            assert token == right
             path.append(node)
         assert tree.tokens[path[:2]].tolist() == [1, follows]
         assert path[2] is None
         assert tree.proposers(path[0]) == (0, 1)
         assert tree.proposers(path[1]) == (follows - 2,)
+
+
+def test_tokens_read_back_at_once_are_those_read_one_by_one():
+    """As on a GPU, greedily and without processors; criteria of unknown kinds see each token."""
+    generator = torch.Generator().manual_seed(0)
+    parents = torch.tensor([-1, 0, 0, 1, 1])
+    tokens, depths = torch.tensor([3, 0, 1, 0, 2]), torch.tensor([0, 1, 1, 2, 2])
+    ones = torch.ones(1, 5)
+    tree = taps_hf.DraftTree(tokens, parents, depths, ones, ones)
+    lengths = set()
+    for _ in range(50):
+        logits = torch.randint(0, 4, (5, 4), generator=generator).to(torch.bfloat16)  # with ties
+        for length in (3, 9):
+            walks = []
+            for at_once in (False, True):
+                stop = StoppingCriteriaList([MaxLengthCriteria(length)])
+                start = torch.tensor([[1, 3]])
+                walk = Walk(start, LogitsProcessorList(), stop, WalkVerifier, False)
+                assert not walk._chooses_at_once  # on a CPU
+                walk._chooses_at_once = at_once
+                path = walk.along(tree, logits)
+                walks.append((path.nodes, path.accepted, path.tokens.tolist(), walk.is_finished))
+            assert walks[0] == walks[1]
+            lengths.add(len(walks[0][0]))
+    assert lengths == {1, 2, 3}
 
 
 def test_a_walk_is_plain_generates_inner_loop():

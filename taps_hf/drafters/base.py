@@ -99,7 +99,7 @@ class DraftRequest:
     """What is wanted in one cycle.
 
     Args:
-        root: (1,) int64: the last emitted token.
+        root: (1,) int64, on the CPU: the last emitted token.
         shape: how trees grow, and how large they may be at most.
         max_depth: at least 1: no node may lie deeper.
         go_on: asked after each level of growing trees whether another one is worth its time.

@@ -72,6 +72,7 @@ class Ensemble:
     def observe(self, tokens: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
         """Tell all drafters of new tokens; see [`DrafterSession.observe`]."""
         if len(tokens):
+            tokens = tokens.cpu()
             self._tokens.append(tokens)
             for session in self.sessions:
                 session.observe(tokens, states)
@@ -138,9 +139,9 @@ class Ensemble:
         """
         if self._tokens:
             known = torch.cat(self._tokens)
-            if not len(earlier) or torch.equal(known[:-1].cpu(), earlier.cpu()):
+            if not len(earlier) or torch.equal(known[:-1], earlier.cpu()):
                 # What was emitted last is not in the cache: now it may be another token.
-                if torch.equal(known[-1:].cpu(), tokens[:1].cpu()):
+                if torch.equal(known[-1:], tokens[:1].cpu()):
                     self.observe(tokens[1:], states)
                     return
                 if all(session.forget(1) for session in self.sessions):

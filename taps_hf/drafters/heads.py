@@ -18,7 +18,7 @@ from .stacking import keep, kept_stack
 if TYPE_CHECKING:
     from .modeling_feature import FeatureDrafter
 
-_ROWS = 16  # distributions that are worked on at a time
+_LOGITS = 2**19  # that a CPU works on at a time
 _BLOCK = 128
 
 
@@ -156,8 +156,8 @@ def expand(
     """
     logits = head(hidden)
     k = min(k, logits.shape[2])
-    # What is computed of a row's tens of thousands of logits should stay in a CPU's cache.
-    rows = max(_ROWS // hidden.shape[1], 1) if logits.device.type == "cpu" else len(hidden)
+    # What is computed of tens of thousands of logits should stay in a CPU's cache.
+    rows = max(_LOGITS // logits[0].numel(), 1) if logits.device.type == "cpu" else len(hidden)
     parts = [
         _choose(part.float(), k, sample_temperature, with_entropy) for part in logits.split(rows)
     ]
@@ -177,27 +177,24 @@ def _choose(
     entropy = probabilities = None
     if sample_temperature is not None:
         logits = logits / sample_temperature
-    largest = logits.amax(dim=2, keepdim=True)
-    # Tokens e^80 times less likely than the likeliest add nothing to the sum, but as denormal
-    # numbers they would make a CPU take several times as long over it.
-    below = (logits - largest).clamp_(min=-80.0)
-    odds = below.exp()
-    total = odds.sum(dim=2, keepdim=True)
-    normaliser = largest + total.log()
+    # At most 0, rounded or not: the largest logit is taken off, then the logarithm of a sum of at
+    # least 1. So no child is likelier than its parent.
+    log_p = logits.log_softmax(dim=2)
     if with_entropy:
-        expected = torch.linalg.vecdot(odds, below)[..., None] / total
-        entropy = (total.log() - expected)[..., 0]
+        # Tokens less likely than e^-80 add nothing, but as denormal numbers they would make a CPU
+        # take several times as long.
+        below = log_p.clamp(min=-80.0)
+        entropy = -torch.linalg.vecdot(below.exp(), below)
     if sample_temperature is None:
-        top, tokens = topk_by_blocks(logits, k)
+        log_confidence, tokens = topk_by_blocks(log_p, k)
     else:
         # Gumbel top-k: the k largest perturbed logits are k draws without replacement, in
         # order (Kool, van Hoof and Welling, arXiv 1903.06059).
-        gumbel = -torch.empty_like(logits).exponential_().log()
-        tokens = topk_by_blocks(logits + gumbel, k)[1]
-        top = logits.gather(2, tokens)
-        probabilities = logits.softmax(dim=2)
-    # Rounding must not make a child likelier than its parent.
-    return tokens, (top - normaliser).clamp(max=0.0), entropy, probabilities
+        gumbel = -torch.empty_like(log_p).exponential_().log()
+        tokens = topk_by_blocks(log_p + gumbel, k)[1]
+        log_confidence = log_p.gather(2, tokens)
+        probabilities = log_p.exp()
+    return tokens, log_confidence, entropy, probabilities
 
 
 def topk_by_blocks(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..cache import InPlaceCache
 from ..masks import additive
-from ..trees.growth import Expansion, assemble
+from ..trees.growth import Expansion, assemble, on_host
 from ..trees.tree import DraftTree
 from .base import DrafterSession, DraftRequest
 from .heads import DraftHead, expand, kept_head
@@ -114,9 +114,9 @@ class EagleSession(DrafterSession):
         levels = request.shape.grow(growth, hidden, request.max_depth, request.go_on)
         # The next cycle has true features for what is accepted.
         runner.cache.keep(stored, [])
-        root = request.root.to(self.device)
+        levels = on_host(levels)  # from here on trees are small, and the walk reads them there
         return {
-            row: request.shape.prune(assemble(levels, place, root))
+            row: request.shape.prune(assemble(levels, place, request.root))
             for place, row in enumerate(runner.rows)
         }
 
@@ -186,12 +186,12 @@ class _Growth:
     ) -> None:
         self._session, self._runner, self._past = session, runner, past
         self._request = request
-        self._eager = session._config._attn_implementation == "eager"
 
     def read(self, new: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Run slots with true features; returns those predicted at the root, (B, 1, hidden)."""
         device, rows = self._session.device, len(self._runner.rows)
-        tokens = torch.cat([tokens.to(device) for tokens, _ in new])
+        # To the device nobody waits; from pageable memory the copy is made before the call returns.
+        tokens = torch.cat([tokens for tokens, _ in new]).to(device, non_blocking=True)
         features = torch.cat([features.to(device) for _, features in new])
         positions = torch.arange(self._past - len(tokens), self._past, device=device)
         features = features.to(self._session.dtype).expand(rows, -1, -1)
@@ -213,9 +213,6 @@ class _Growth:
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int
     ) -> torch.Tensor:
-        past = visible.new_ones(*tokens.shape, self._past)
-        mask = torch.cat([past, visible], dim=2)[:, None]
-        if self._eager:
-            mask = additive(mask, self._session.dtype)
+        mask = additive(visible[:, None], self._session.dtype, self._past)
         positions = torch.full_like(tokens[0], self._past - 1 + depth)
         return self._session.forward(self._runner, tokens, hidden, positions, mask)

@@ -68,12 +68,50 @@ class _RowWise(nn.Module):
         return torch.cat([module(x[d : d + 1]) for d, module in enumerate(self.rows)])
 
 
+class _Broadcast(nn.Module):
+    """D norms whose code does nothing but arithmetic: their vectors meet the rows at once.
+
+    Torch's own norms take no vectors with rows; whether a family's do is tried ([`agrees`]).
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._first = modules[0]
+        self._vectors = {  # (D, size)
+            name: None if value is None else torch.stack([m._parameters[name] for m in modules])
+            for name, value in modules[0]._parameters.items()
+        }
+        self._by_dim: dict[int, nn.Module] = {}  # the norm with these vectors, by its input's shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(D, ..., size) from (D, ..., size)."""
+        if x.dim() not in self._by_dim:
+            shell = copy.copy(self._first)
+            shell.__dict__["_parameters"] = {
+                name: None if v is None else v.view(len(v), *[1] * (x.dim() - 2), -1)
+                for name, v in self._vectors.items()
+            }
+            self._by_dim[x.dim()] = shell
+        return self._by_dim[x.dim()](x)
+
+    def agrees(self, apart: _RowWise) -> bool:
+        """Whether it gives what the norms do, each on its row."""
+        like = next(value for value in self._vectors.values() if value is not None)
+        x = torch.randn(len(like), 2, like.shape[1], generator=torch.Generator().manual_seed(0))
+        x = x.to(like)
+        try:
+            return torch.allclose(self(x), apart(x))
+        except (RuntimeError, TypeError, ValueError):
+            return False
+
+
 def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
     first = modules[0]
     if type(first) is nn.Linear:
         return StackedLinear(modules)
     if _has_own(first):
-        return _RowWise(modules)
+        apart, together = _RowWise(modules), _Broadcast(modules)
+        return together if together.agrees(apart) else apart
     shell = copy.copy(first)  # shares everything but the modules inside
     shell.__dict__["_modules"] = {
         name: None if child is None else _stacked([module._modules[name] for module in modules])

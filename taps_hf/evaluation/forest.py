@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..drafters.heads import expand, kept_head
 from ..drafters.modeling_eagle import EagleDrafter
 from ..masks import additive
-from ..trees.growth import Expansion, assemble
+from ..trees.growth import Expansion, assemble, on_host
 from ..trees.shapes import TreeShape
 from ..trees.tree import DraftTree
 from .records import Record
@@ -88,12 +88,11 @@ class Forest:
         length = int(roots.max())
         context = tuple(x[rows, :, :length] for x in self._context)
         bundle = _Bundle(self, roots, context)
-        levels = self.shape.grow(bundle, hidden, max(spot.max_depth for spot in spots))
+        levels = on_host(self.shape.grow(bundle, hidden, max(spot.max_depth for spot in spots)))
         trees = []
         for row, spot in enumerate(spots):
-            token = self.records[spot.record].tokens[spot.root : spot.root + 1].to(device)
-            tree = assemble(levels[: spot.max_depth], row, token)
-            trees.append(self.shape.prune(tree).to(torch.device("cpu")))
+            token = self.records[spot.record].tokens[spot.root : spot.root + 1]
+            trees.append(self.shape.prune(assemble(levels[: spot.max_depth], row, token)))
         return trees
 
     def _bare(self, spot: Spot) -> DraftTree:
@@ -137,8 +136,7 @@ class _Bundle:
         """As [`growth.Drafting.step`]."""
         width = tokens.shape[1]
         mask = torch.cat([self._past.expand(-1, width, -1), visible], dim=2)[:, None]
-        if self.drafter.trunk.config._attn_implementation == "eager":
-            mask = additive(mask, self.drafter.dtype)
+        mask = additive(mask, self.drafter.dtype)
         return self.drafter(
             inputs_embeds=self.forest.embed(tokens),
             features=hidden,

@@ -82,9 +82,10 @@ def checked_choice(
         wrong = _fault_of_proposals(choice.tree, choice.tree.proposals)
     if wrong is not None:
         raise ValueError(f"{name} returned a tree that {wrong}.")
-    deep = choice.tree.depths > max_depth
-    if deep.any():
-        return replace(choice, tree=choice.tree.select((~deep).nonzero().squeeze(1)))
+    depths = choice.tree.depths.tolist()
+    if max(depths) > max_depth:
+        kept = [node for node, depth in enumerate(depths) if depth <= max_depth]
+        return replace(choice, tree=choice.tree.select(torch.tensor(kept)))
     return choice
 
 

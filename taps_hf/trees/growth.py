@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
 
-from .tree import DraftTree, SampledProposals
+from .tree import DraftTree, SampledProposals, move_together
 
 GoOn = Callable[[int, torch.Tensor], bool]
 """Asked after each level: its depth and the log V of the nodes that would be expanded, (B, n)."""
@@ -56,64 +56,25 @@ class Drafting(Protocol):
 
 @dataclass
 class Level:
-    """Candidates at one depth of B trees, n in each.
+    """Candidates at one depth of B trees, n in each: children of F expanded nodes.
 
     Args:
-        depth: from 1.
         tokens: (B, n) int64.
-        parents: (B, n) int64: node indices. Candidate i of all levels becomes node i + 1.
         log_confidence: (B, n) float32: log c.
         log_path: (B, n) float32: log V.
-        entropy: (B, n) float32, nats: of the distribution the candidate is from; None if not asked.
-        source: (n,) int64: which expanded node the candidate is a child of.
-        probabilities: (B, F, vocabulary) float32: of each expanded node; sampled children only.
+        expanded: (B, F) int64: which candidates of the level above were expanded; 0 for the root.
+        source: n numbers: which of the expanded nodes a candidate is a child of.
+        entropy: (B, F) float32, nats, of the expanded nodes' distributions; None if not asked.
+        probabilities: (B, F, vocabulary) float32: those distributions; sampled children only.
     """
 
-    depth: int
     tokens: torch.Tensor
-    parents: torch.Tensor
     log_confidence: torch.Tensor
     log_path: torch.Tensor
+    expanded: torch.Tensor
+    source: Sequence[int]
     entropy: torch.Tensor | None
-    source: torch.Tensor
     probabilities: torch.Tensor | None
-
-
-def level_of(
-    children: Expansion,
-    depth: int,
-    nodes: torch.Tensor,
-    log_path: torch.Tensor,
-    chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> Level:
-    """The candidates among the children of F expanded nodes.
-
-    Args:
-        children: k of each node.
-        depth: theirs.
-        nodes: (B, F) int64: indices of the expanded nodes.
-        log_path: (B, F) float32: log V of the expanded nodes.
-        chosen: (n,) int64 each: of which node and which of its children a candidate is; by default
-            all are candidates.
-    """
-    width = children.tokens.shape[2]
-    if chosen is None:
-        index = torch.arange(nodes.shape[1] * width, device=nodes.device)
-        row = index // width
-    else:
-        row, rank = chosen
-        index = row * width + rank
-    confidence = children.log_confidence.flatten(1)[:, index]
-    return Level(
-        depth,
-        children.tokens.flatten(1)[:, index],
-        nodes[:, row],
-        confidence,
-        log_path[:, row] + confidence,
-        None if children.entropy is None else children.entropy[:, row],
-        row,
-        children.probabilities,
-    )
 
 
 def grow_dynamic(
@@ -132,28 +93,42 @@ def grow_dynamic(
     """
     batch, device = len(hidden), hidden.device
     children = drafting.expand(hidden, top_k)
-    k = children.tokens.shape[2]
+    tokens, log_path = children.tokens.flatten(1), children.log_confidence.flatten(1)
+    k = tokens.shape[1]
     root = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    levels = [level_of(children, 1, root, torch.zeros(batch, 1, device=device))]
-    best = torch.arange(k, device=device).expand(batch, -1)  # candidates that are expanded next
-    above = torch.zeros(batch, k, 0, dtype=torch.bool, device=device)  # slots of their ancestors
-    hidden = hidden.expand(-1, k, -1)  # predicted features at their parents
-    first = 1  # node index of the last level's first candidate
+    levels = [
+        Level(tokens, log_path, log_path, root, [0] * k, children.entropy, children.probabilities)
+    ]
+    # What is expanded next, at first all: candidates, tokens, and features at their parents.
+    best = torch.arange(k, device=device).expand(batch, -1)
+    hidden = hidden.expand(-1, k, -1)
+    itself = torch.eye(top_k, dtype=torch.bool, device=device).expand(batch, -1, -1)
+    visible = itself[:, :k, :k]
     for deeper in range(2, depth + 1):
-        last = levels[-1]
-        log_path = last.log_path.gather(1, best)
-        if go_on is not None and not go_on(last.depth, log_path):
+        if deeper > 2:
+            last = levels[-1]
+            log_path, best = last.log_path.topk(min(top_k, last.log_path.shape[1]), dim=1)
+            tokens = last.tokens.gather(1, best)
+            row = (best // k)[:, :, None]
+            hidden = hidden.gather(1, row.expand(-1, -1, hidden.shape[2]))
+            above = visible.gather(1, row.expand(-1, -1, visible.shape[2]))
+            width = best.shape[1]
+            visible = torch.cat([above, itself[:, :width, :width]], dim=2)
+        if go_on is not None and not go_on(deeper - 1, log_path):
             break
-        visible = torch.cat([above, _eye(best.shape[1], batch, device)], dim=2)
-        hidden = drafting.step(last.tokens.gather(1, best), hidden, visible, last.depth)
+        hidden = drafting.step(tokens, hidden, visible, deeper - 1)
         children = drafting.expand(hidden, k)
-        levels.append(level_of(children, deeper, best + first, log_path))
-        first += last.tokens.shape[1]
-        paths = levels[-1].log_path
-        best = paths.topk(min(top_k, paths.shape[1]), dim=1).indices
-        row = (best // k)[:, :, None]
-        hidden = hidden.gather(1, row.expand(-1, -1, hidden.shape[2]))
-        above = visible.gather(1, row.expand(-1, -1, visible.shape[2]))
+        levels.append(
+            Level(
+                children.tokens.flatten(1),
+                children.log_confidence.flatten(1),
+                (log_path[:, :, None] + children.log_confidence).flatten(1),
+                best,
+                [i // k for i in range(best.shape[1] * k)],
+                children.entropy,
+                children.probabilities,
+            )
+        )
     return levels
 
 
@@ -173,66 +148,108 @@ def grow_fixed(
         go_on: whether another level is grown.
     """
     batch, device = len(hidden), hidden.device
-    nodes = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    widths = [max(ranks) + 1 for _, ranks, _ in plan]
+    # Per level: parents, places among all children of all parents, and who is expanded.
+    indices = iter(
+        move_together(
+            [
+                torch.tensor(index, dtype=torch.long)
+                for (parents, ranks, inner), width in zip(plan, widths)
+                for index in (
+                    parents,
+                    [parent * width + rank for parent, rank in zip(parents, ranks)],
+                    inner,
+                )
+            ],
+            device,
+        )
+    )
+    expanded = torch.zeros(batch, 1, dtype=torch.long, device=device)
     above = torch.zeros(batch, 1, 0, dtype=torch.bool, device=device)
     log_path = torch.zeros(batch, 1, device=device)
     levels: list[Level] = []
-    first = 1
-    for depth, (parents, ranks, expanded) in enumerate(plan, start=1):
-        children = drafting.expand(hidden, max(ranks) + 1)
-        row, rank, inner = (
-            torch.tensor(x, dtype=torch.long, device=device) for x in (parents, ranks, expanded)
+    for depth, ((source, _, _), width) in enumerate(zip(plan, widths), start=1):
+        row, places, inner = next(indices), next(indices), next(indices)
+        children = drafting.expand(hidden, width)
+        confidence = children.log_confidence.flatten(1)[:, places]
+        level = Level(
+            children.tokens.flatten(1)[:, places],
+            confidence,
+            log_path[:, row] + confidence,
+            expanded,
+            source,
+            children.entropy,
+            children.probabilities,
         )
-        level = level_of(children, depth, nodes, log_path, (row, rank))
         levels.append(level)
         log_path = level.log_path[:, inner]
         if depth == len(plan) or (go_on is not None and not go_on(depth, log_path)):
             break
-        nodes = (inner + first).expand(batch, -1)
-        first += len(parents)
-        visible = torch.cat([above[:, row[inner]], _eye(len(expanded), batch, device)], dim=2)
+        expanded = inner.expand(batch, -1)
+        itself = torch.eye(len(inner), dtype=torch.bool, device=device).expand(batch, -1, -1)
+        visible = torch.cat([above[:, row[inner]], itself], dim=2)
         hidden = drafting.step(level.tokens[:, inner], hidden[:, row[inner]], visible, depth)
         above = visible
     return levels
 
 
+def on_host(levels: Sequence[Level]) -> list[Level]:
+    """Levels on the CPU, in one transfer; distributions stay where they are."""
+    slots = [
+        (index, field.name)
+        for index, level in enumerate(levels)
+        for field in fields(level)
+        if field.name != "probabilities" and isinstance(getattr(level, field.name), torch.Tensor)
+    ]
+    tensors = [getattr(levels[index], name) for index, name in slots]
+    moved = list(levels)
+    for (index, name), tensor in zip(slots, move_together(tensors, torch.device("cpu"))):
+        moved[index] = replace(moved[index], **{name: tensor})
+    return moved
+
+
 def assemble(levels: Sequence[Level], row: int, root: torch.Tensor) -> DraftTree:
-    """Tree `row` of the batch, with all its candidates, as proposed by one drafter.
+    """Tree `row` of the batch on the CPU, with all its candidates, as proposed by one drafter.
 
     Args:
-        levels: from depth 1 on.
+        levels: from depth 1 on. Trees of several rows want them [`on_host`] first, once for all.
         row: which tree.
         root: (1,) int64: its root's token.
     """
-
-    def of_nodes(name: str, at_root: float) -> torch.Tensor:
-        values = [getattr(level, name)[row] for level in levels]
-        return torch.cat([values[0].new_full((1,), at_root), *values])[None]
-
-    parents = torch.cat([level.parents[row] for level in levels])
-    depths = [torch.full_like(level.source, level.depth) for level in levels]
+    levels = on_host(levels)
+    depths, sources, offsets = [0], [], []  # of nodes; of candidates; of expanded nodes
+    above, first = 0, 1  # node indices of the first candidates of the level above, and of a level
+    for depth, level in enumerate(levels, start=1):
+        depths += [depth] * len(level.source)
+        sources += [len(offsets) + source for source in level.source]
+        offsets += [above] * level.expanded.shape[1]
+        above, first = first, first + len(level.source)
+    source = torch.tensor(sources)
+    parents = torch.cat([level.expanded[row] for level in levels]) + torch.tensor(offsets)
     proposals = None
     if levels[0].probabilities is not None:
-        rows, count = [], 0
-        for level in levels:
-            rows.append(level.source + count)
-            count += level.probabilities.shape[1]
         proposals = SampledProposals(
-            parents=parents,
-            children=torch.arange(1, len(parents) + 1, device=root.device),
-            rows=torch.cat(rows),
+            parents=parents[source],
+            children=torch.arange(1, first),
+            rows=source,
             probabilities=torch.cat([level.probabilities[row] for level in levels]),
         )
+    zero = torch.zeros(1)
+    logs = [
+        [zero, *(level.log_confidence[row] for level in levels)],
+        [zero, *(level.log_path[row] for level in levels)],
+    ]
+    confidence, path_confidence = torch.cat([*logs[0], *logs[1]]).exp_().view(2, 1, first)
+    entropy = None
+    if levels[0].entropy is not None:
+        of_sources = torch.cat([level.entropy[row] for level in levels])[source]
+        entropy = torch.cat([torch.tensor([torch.nan]), of_sources])[None]
     return DraftTree(
-        tokens=torch.cat([root, *(level.tokens[row] for level in levels)]),
-        parents=torch.cat([torch.full_like(root, -1), parents]),
-        depths=torch.cat([torch.zeros_like(root), *depths]),
-        confidence=of_nodes("log_confidence", 0.0).exp(),
-        path_confidence=of_nodes("log_path", 0.0).exp(),
-        entropy=None if levels[0].entropy is None else of_nodes("entropy", torch.nan),
+        tokens=torch.cat([root.cpu(), *(level.tokens[row] for level in levels)]),
+        parents=torch.cat([torch.tensor([-1]), parents[source]]),
+        depths=torch.tensor(depths),
+        confidence=confidence,
+        path_confidence=path_confidence,
+        entropy=entropy,
         proposals=proposals,
     )
-
-
-def _eye(size: int, batch: int, device: torch.device) -> torch.Tensor:
-    return torch.eye(size, dtype=torch.bool, device=device).expand(batch, -1, -1)

@@ -120,16 +120,14 @@ class DraftTree:
 
     def ancestors(self) -> torch.Tensor:
         """(N, N) bool: entry [i, j] says that j lies on the path from the root to i, i included."""
-        size = len(self)
-        reach = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
-        nodes = torch.arange(size, device=self.tokens.device)
-        up = self.parents
-        for _ in range(self.max_depth):
-            # The root's parent is -1; pointing it at the root itself changes nothing there.
-            up = up.clamp(min=0)
-            reach[nodes, up] = True
-            up = self.parents[up]
-        return reach
+        # Bytes of the host: as tensors this took some operations for each level of the tree.
+        rows: list[bytearray] = []
+        for node, parent in enumerate(self.parents.tolist()):
+            row = bytearray(len(self)) if node == 0 else bytearray(rows[parent])
+            row[node] = 1
+            rows.append(row)
+        reach = torch.frombuffer(bytearray().join(rows), dtype=torch.bool)
+        return reach.view(len(self), len(self)).to(self.tokens.device)
 
     def mean_confidence(self) -> torch.Tensor:
         """(D,) float32: (1/|T|) sum of c(v) over the nodes below the root (TAPS, equation 13)."""
@@ -157,11 +155,11 @@ class DraftTree:
         """
         if self.proposals is not None:
             raise ValueError("The tree was sampled, expected a deterministic one to select from.")
-        new_index = torch.full((len(self) + 1,), -1, device=self.tokens.device)
-        new_index[nodes] = torch.arange(len(nodes), device=self.tokens.device)
+        new_index = {node: index for index, node in enumerate(nodes.tolist())} | {-1: -1}
+        parents = [new_index[parent] for parent in self.parents[nodes].tolist()]
         return DraftTree(
             tokens=self.tokens[nodes],
-            parents=new_index[self.parents[nodes]],  # the root's -1 reads the last entry, -1
+            parents=torch.tensor(parents, device=self.tokens.device),
             depths=self.depths[nodes],
             confidence=self.confidence[:, nodes],
             path_confidence=self.path_confidence[:, nodes],
@@ -177,9 +175,9 @@ class DraftTree:
         if len(self) - 1 <= num_nodes:
             return self
         value = self.path_confidence[:, 1:].nan_to_num(nan=-1.0).amax(dim=0)
-        order = torch.sort(value, descending=True, stable=True).indices[:num_nodes] + 1
-        root = torch.zeros(1, dtype=torch.long, device=order.device)
-        return self.select(torch.cat([root, order.sort().values]))
+        order = torch.sort(value, descending=True, stable=True).indices[:num_nodes]
+        nodes = [0, *sorted(index + 1 for index in order.tolist())]
+        return self.select(torch.tensor(nodes, device=order.device))
 
 
 def merge(trees: Sequence[DraftTree], num_nodes: int | None = None) -> DraftTree:
@@ -272,21 +270,21 @@ def _identify(packed: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
         (N,) int64: for each node its index in the union; (U, 3) int64: the union's parents, tokens
         and depths.
     """
-    identity = torch.zeros_like(packed.tokens)
-    levels = [torch.zeros(1, 3, dtype=torch.long, device=packed.tokens.device)]
-    token_bits = 32  # one number for both is sorted far faster than pairs are
-    size = 1
-    for depth in range(1, packed.max_depth + 1):
-        at = (packed.depths == depth).nonzero().squeeze(1)
-        keys = (identity[packed.parents[at]] << token_bits) | packed.tokens[at]
-        unique, inverse = torch.unique(keys, return_inverse=True)
-        identity[at] = size + inverse
-        parents, tokens = unique >> token_bits, unique & ((1 << token_bits) - 1)
-        levels.append(torch.stack([parents, tokens, torch.full_like(parents, depth)], dim=1))
-        size += len(unique)
-    nodes = torch.cat(levels)
-    nodes[0] = torch.stack([nodes[0, 0] - 1, packed.tokens[0], nodes[0, 2]])
-    return identity, nodes
+    tokens, depths = packed.tokens.tolist(), packed.depths.tolist()
+    at: dict[int, list[int]] = {}
+    for node, depth in enumerate(depths):
+        at.setdefault(depth, []).append(node)
+    parents = packed.parents.tolist()
+    identity = [0] * len(tokens)
+    union = [(-1, tokens[0], 0)]
+    for depth in range(1, len(at)):
+        pairs = [(identity[parents[node]], tokens[node]) for node in at[depth]]
+        index = {pair: len(union) + i for i, pair in enumerate(sorted(set(pairs)))}
+        for node, pair in zip(at[depth], pairs):
+            identity[node] = index[pair]
+        union += [(*pair, depth) for pair in index]
+    device = packed.tokens.device
+    return torch.tensor(identity, device=device), torch.tensor(union, device=device)
 
 
 def _combine(values: torch.Tensor, identity: torch.Tensor, size: int) -> torch.Tensor:
@@ -359,10 +357,28 @@ def _check_mergeable(trees: Sequence[DraftTree]) -> None:
         )
 
 
-def move(trees: Sequence[DraftTree], device: torch.device) -> list[DraftTree]:
-    """Trees of one device on another, in a single transfer: each waits for the device.
+def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one device on another, in a single transfer.
 
-    As [`DraftTree.to`].
+    What goes to the CPU waits for the device; the other way nobody waits.
+    """
+    if not tensors or tensors[0].device == device:
+        return list(tensors)
+    # Larger elements first keeps every piece aligned.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    flat = [tensors[i].contiguous().view(torch.uint8).flatten() for i in order]
+    # From pageable memory a device copies before the call returns; into it, only when it is done.
+    together = torch.cat(flat).to(device, non_blocking=device.type != "cpu")
+    moved = list(tensors)
+    for i, piece in zip(order, together.split([len(piece) for piece in flat])):
+        moved[i] = piece.view(tensors[i].dtype).view(tensors[i].shape)
+    return moved
+
+
+def move(trees: Sequence[DraftTree], device: torch.device) -> list[DraftTree]:
+    """Trees of one device on another, as [`move_together`].
+
+    Distributions stay where they are, as with [`DraftTree.to`].
     """
     if trees[0].tokens.device == device:
         return list(trees)
@@ -373,14 +389,10 @@ def move(trees: Sequence[DraftTree], device: torch.device) -> list[DraftTree]:
         for name, value in ([] if part is None else vars(part).items())
         if isinstance(value, torch.Tensor) and name != "probabilities"
     ]
-    # Larger elements first keeps every piece aligned.
-    slots.sort(key=lambda slot: -getattr(*slot).element_size())
-    tensors = [getattr(part, name) for part, name in slots]
-    flat = [tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors]
-    pieces = torch.cat(flat).to(device).split([len(piece) for piece in flat])
+    pieces = move_together([getattr(part, name) for part, name in slots], device)
     found: dict[int, dict[str, torch.Tensor]] = {}
-    for (part, name), tensor, piece in zip(slots, tensors, pieces):
-        found.setdefault(id(part), {})[name] = piece.view(tensor.dtype).view(tensor.shape)
+    for (part, name), piece in zip(slots, pieces):
+        found.setdefault(id(part), {})[name] = piece
     moved = []
     for tree in trees:
         new = replace(tree, **found[id(tree)])
