@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .layers import build_config, layer_config
+from .window import Window
 
 BACKBONES = ("eagle2", "hass")
 
@@ -30,6 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_name_or_path": (str, NoneType),
     "tokenizer_fingerprint": (str, NoneType),
     "training_data": (list,),
+    "context_window": (int, NoneType),
 }
 # Fields by which transformers would load something else than a drafter's safetensors.
 _FOREIGN = ("quantization_config", "transformers_weights")
@@ -55,6 +57,8 @@ class EagleDrafterConfig(PretrainedConfig):
             The token ids themselves are the buffer `draft_token_ids` of the checkpoint.
         target_name_or_path (`str`, *optional*): the target the drafter was trained for.
         tokenizer_fingerprint (`str`, *optional*): see [`tokenizer_fingerprint`].
+        context_window (`int`, *optional*): slots of its context that the drafter sees, the last
+            ones; `None` means all. See [`window.Window`].
         training_data (`list[str]`, *optional*): what it was trained on, for people and for cards.
     """
 
@@ -72,6 +76,7 @@ class EagleDrafterConfig(PretrainedConfig):
         target_name_or_path: str | None = None,
         tokenizer_fingerprint: str | None = None,
         training_data: list[str] | None = None,
+        context_window: int | None = None,
         **kwargs: Any,
     ) -> None:
         if backbone not in BACKBONES:
@@ -86,6 +91,7 @@ class EagleDrafterConfig(PretrainedConfig):
         self.target_name_or_path = target_name_or_path
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.training_data = [] if training_data is None else training_data
+        self.context_window = context_window
         self._check()
         for name in _FOREIGN:
             if kwargs.get(name) is not None:
@@ -177,6 +183,11 @@ class EagleDrafterConfig(PretrainedConfig):
                 )
         return config
 
+    @property
+    def window(self) -> Window:
+        """How far back it looks."""
+        return Window(self.context_window)
+
     def _check(self) -> None:
         """Refuse fields of other types or ranges than this class documents."""
         for name, types in _TYPES.items():
@@ -190,6 +201,10 @@ class EagleDrafterConfig(PretrainedConfig):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}, expected 0 to {_LARGEST_SIZE}."
                 )
+        if self.context_window is not None and self.context_window < 1:
+            raise ValueError(
+                f"`context_window` is {self.context_window}, expected None or a positive number."
+            )
         size = self.draft_vocab_size
         if size is not None and not 0 < size <= self.vocab_size:
             raise ValueError(

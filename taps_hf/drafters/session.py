@@ -44,6 +44,7 @@ class EagleSession(DrafterSession):
         first = self.drafters[0]
         self.device, self.dtype = first.device, first.dtype
         self._config = first.trunk.config
+        self.window = first.config.window
         self._target = target
         self._embedding = target.get_input_embeddings()
         module = self._module()
@@ -107,6 +108,7 @@ class EagleSession(DrafterSession):
         if not new:
             # An earlier turn was taken back to what has been run: there is nothing to go on from.
             return {}
+        new = self.window.needed(new)
         past = runner.cache.length + sum(len(tokens) for tokens, _ in new)
         growth = _Growth(self, runner, past, request)
         hidden = growth.read(new)
@@ -151,6 +153,11 @@ class EagleSession(DrafterSession):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """(B, n, hidden): the next features after slots of tokens (B, n) and features."""
+        if mask is None:
+            mask = self.window.band(runner.cache.length, tokens.shape[1], self.device)
+            mask = None if mask is None else mask[None, None]
+            if mask is not None and self._config._attn_implementation == "eager":
+                mask = additive(mask, self.dtype)
         embeds = self._embedding(tokens.to(self._embedding.weight.device))
         return runner.module(
             inputs_embeds=embeds.to(self.device, self.dtype),
@@ -208,7 +215,8 @@ class _Growth:
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int
     ) -> torch.Tensor:
-        past = visible.new_ones(*tokens.shape, self._past)
+        past = self._session.window.visible(self._past, visible.device)
+        past = past.expand(*tokens.shape, -1)
         mask = torch.cat([past, visible], dim=2)[:, None]
         if self._eager:
             mask = additive(mask, self._session.dtype)

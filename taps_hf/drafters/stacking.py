@@ -194,6 +194,7 @@ def stacking_key(drafter: EagleDrafter) -> tuple[object, ...]:
         config.fc_bias,
         config.input_norm,
         config.draft_vocab_size,
+        config.window,
         drafter.trunk.config._attn_implementation,
         drafter.dtype,
         drafter.device,

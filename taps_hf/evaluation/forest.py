@@ -62,9 +62,11 @@ class Forest:
         for record in records:
             cache = DynamicCache(config=drafter.trunk.config)
             # Slot t reads token t + 1 and feature t; a tree with root r drafts from slot r - 1 on.
+            mask = drafter.config.window.band(0, len(record.features), drafter.device)
             output = drafter(
                 inputs_embeds=self.embed(record.tokens[None, 1:]),
                 features=record.features[None].to(drafter.device, drafter.dtype),
+                attention_mask=None if mask is None else self.mask(mask[None, None]),
                 past_key_values=cache,
             )
             slots.append(output.last_hidden_state[0])
@@ -95,6 +97,11 @@ class Forest:
             tree = assemble(levels[: spot.max_depth], row, token)
             trees.append(self.shape.prune(tree).to(torch.device("cpu")))
         return trees
+
+    def mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask of bool as the drafter's attention wants it."""
+        eager = self.drafter.trunk.config._attn_implementation == "eager"
+        return additive(mask, self.drafter.dtype) if eager else mask
 
     def _bare(self, spot: Spot) -> DraftTree:
         return DraftTree.root(self.records[spot.record].tokens[spot.root : spot.root + 1], 1)
@@ -129,7 +136,11 @@ class _Bundle:
         self._cache = DynamicCache(config=self.drafter.trunk.config)
         self._cache.update(*context, 0)
         slots = torch.arange(context[0].shape[2], device=roots.device)
-        self._past = (slots < roots[:, None])[:, None]
+        past = slots < roots[:, None]
+        window = self.drafter.config.window
+        if window.size is not None:
+            past &= slots >= roots[:, None] - window.size
+        self._past = past[:, None]
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int
@@ -137,8 +148,7 @@ class _Bundle:
         """As [`growth.Drafting.step`]."""
         width = tokens.shape[1]
         mask = torch.cat([self._past.expand(-1, width, -1), visible], dim=2)[:, None]
-        if self.drafter.trunk.config._attn_implementation == "eager":
-            mask = additive(mask, self.drafter.dtype)
+        mask = self.forest.mask(mask)
         return self.drafter(
             inputs_embeds=self.forest.embed(tokens),
             features=hidden,
