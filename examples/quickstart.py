@@ -20,7 +20,14 @@ import torch
 from _common import answer_tokens, argument_parser, encode, load_drafters, load_target, prompts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taps_hf import DraftTrace, DynamicTree, EagleDrafter, get_strategy, list_strategies
+from taps_hf import (
+    DraftTrace,
+    DynamicTree,
+    EagleDrafter,
+    SpeculativeDecoding,
+    get_strategy,
+    list_strategies,
+)
 
 KINDS = ("math", "chat")
 COLOURS = (36, 35, 33, 34)  # ANSI, one for each drafter; several at once are green
@@ -107,7 +114,7 @@ def compare(
 def say_heading(
     dtype: str, drafters: Mapping[str, EagleDrafter], strategy: str, tree: DynamicTree
 ) -> None:
-    names = list(drafters)
+    names = list(SpeculativeDecoding(drafters, strategy).drafters)  # with a lookup, if that is used
     scoring = ", ".join(
         f"{name} (scoring {drafter.config.draft_vocab_size or drafter.config.vocab_size:,} tokens)"
         for name, drafter in drafters.items()

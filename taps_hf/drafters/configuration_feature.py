@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .layers import build_config
+from .window import Window
 
 # What the fields must be, beside being of these types, is checked below. A size beyond the bound is
 # no model's, and would take memory or minutes before anything else could be seen to be wrong.
@@ -26,6 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_name_or_path": (str, NoneType),
     "tokenizer_fingerprint": (str, NoneType),
     "training_data": (list,),
+    "context_window": (int, NoneType),
 }
 # Fields by which transformers would load something else than a drafter's safetensors.
 _FOREIGN = ("quantization_config", "transformers_weights")
@@ -45,6 +47,8 @@ class FeatureDrafterConfig(PretrainedConfig):
         target_name_or_path (`str`, *optional*): the target the drafter was trained for.
         tokenizer_fingerprint (`str`, *optional*): see [`tokenizer_fingerprint`].
         training_data (`list[str]`, *optional*): what it was trained on, for people and for cards.
+        context_window (`int`, *optional*): slots of its context that the drafter sees, the last
+            ones; `None` means all. See [`window.Window`].
     """
 
     own_types: ClassVar[Mapping[str, tuple[type, ...]]] = {}
@@ -62,6 +66,7 @@ class FeatureDrafterConfig(PretrainedConfig):
         target_name_or_path: str | None = None,
         tokenizer_fingerprint: str | None = None,
         training_data: list[str] | None = None,
+        context_window: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.layer_config = {} if layer_config is None else layer_config
@@ -71,6 +76,7 @@ class FeatureDrafterConfig(PretrainedConfig):
         self.target_name_or_path = target_name_or_path
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.training_data = [] if training_data is None else training_data
+        self.context_window = context_window
         self._check()
         for name in _FOREIGN:
             if kwargs.get(name) is not None:
@@ -126,6 +132,11 @@ class FeatureDrafterConfig(PretrainedConfig):
                 )
         return config
 
+    @property
+    def window(self) -> Window:
+        """How far back it looks."""
+        return Window(self.context_window)
+
     def _check(self) -> None:
         """Refuse fields of other types or ranges than their class documents."""
         for name, types in {**_TYPES, **self.own_types}.items():
@@ -139,6 +150,10 @@ class FeatureDrafterConfig(PretrainedConfig):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}, expected 0 to {_LARGEST_SIZE}."
                 )
+        if self.context_window is not None and self.context_window < 1:
+            raise ValueError(
+                f"`context_window` is {self.context_window}, expected None or a positive number."
+            )
         size = self.draft_vocab_size
         if size is not None and not 0 < size <= self.vocab_size:
             raise ValueError(

@@ -196,11 +196,13 @@ class FeatureDrafter(PreTrainedModel, Drafter):
         return EagleSession(drafters, target)
 
     def digest(self) -> str:
-        """16 hexadecimal digits that change with the weights, but not with the dtype alone."""
+        """16 hexadecimal digits that change with weights and window, not with the dtype alone."""
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.cpu().float().numpy().tobytes())
+        if self.config.context_window is not None:
+            digest.update(repr(self.config.window).encode())
         return digest.hexdigest()[:16]
 
     def resolve_token_ids(self, draft_token_ids: torch.Tensor | int | None) -> torch.Tensor | None:

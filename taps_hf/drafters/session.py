@@ -43,6 +43,7 @@ class EagleSession(DrafterSession):
         first = self.drafters[0]
         self.device, self.dtype = first.device, first.dtype
         self._config = first.trunk.config
+        self.window = first.config.window
         self._target = target
         self._embedding = target.get_input_embeddings()
         module = self._module()
@@ -107,6 +108,7 @@ class EagleSession(DrafterSession):
         if not new:
             # An earlier turn was taken back to what has been run: there is nothing to go on from.
             return {}
+        new = self.window.needed(new)
         past = runner.cache.length + sum(len(tokens) for tokens, _ in new)
         growth = _Growth(self, runner, past, request)
         hidden = growth.read(new)
@@ -151,6 +153,9 @@ class EagleSession(DrafterSession):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """(B, n, hidden): the next features after slots of tokens (B, n) and features."""
+        if mask is None:
+            mask = self.window.band(runner.cache.length, tokens.shape[1], self.device)
+            mask = None if mask is None else additive(mask[None, None], self.dtype)
         embeds = self._embedding(tokens.to(self._embedding.weight.device))
         return runner.module(
             inputs_embeds=embeds.to(self.device, self.dtype),
@@ -214,5 +219,7 @@ class _Growth:
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int
     ) -> torch.Tensor:
         mask = additive(visible[:, None], self._session.dtype, self._past)
+        if outside := self._session.window.outside(self._past):
+            mask[..., :outside] = torch.finfo(mask.dtype).min
         positions = torch.full_like(tokens[0], self._past - 1 + depth)
         return self._session.forward(self._runner, tokens, hidden, positions, mask)

@@ -239,6 +239,7 @@ def stacking_key(drafter: FeatureDrafter) -> tuple[object, ...]:
         repr(sorted(config.layer_config.items())),
         repr([getattr(config, name) for name in config.shape_fields]),
         config.draft_vocab_size,
+        config.window,
         drafter.trunk.config._attn_implementation,
         drafter.dtype,
         drafter.device,

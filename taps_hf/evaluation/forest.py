@@ -62,9 +62,11 @@ class Forest:
         for record in records:
             cache = DynamicCache(config=drafter.trunk.config)
             # Slot t reads token t + 1 and feature t; a tree with root r drafts from slot r - 1 on.
+            mask = drafter.config.window.band(0, len(record.features), drafter.device)
             output = drafter(
                 inputs_embeds=self.embed(record.tokens[None, 1:]),
                 features=record.features[None].to(drafter.device, drafter.dtype),
+                attention_mask=None if mask is None else additive(mask[None, None], drafter.dtype),
                 past_key_values=cache,
             )
             slots.append(output.last_hidden_state[0])
@@ -128,7 +130,11 @@ class _Bundle:
         self._cache = DynamicCache(config=self.drafter.trunk.config)
         self._cache.update(*context, 0)
         slots = torch.arange(context[0].shape[2], device=roots.device)
-        self._past = (slots < roots[:, None])[:, None]
+        past = slots < roots[:, None]
+        window = self.drafter.config.window
+        if window.size is not None:
+            past &= slots >= roots[:, None] - window.size
+        self._past = past[:, None]
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, depth: int

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 
-from taps_hf import ChainTree, DraftTree, DynamicTree, FixedTree
+from taps_hf import (
+    ChainTree,
+    DraftTree,
+    DynamicTree,
+    EagleDrafter,
+    EagleDrafterConfig,
+    FixedTree,
+)
 from taps_hf.drafters.base import DraftRequest
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.drafters.session import EagleSession
@@ -192,3 +200,51 @@ def test_nothing_is_stored_on_the_models(kind):
     after = [vars(module) for model in (drafter, target) for module in model.modules()]
     assert [list(x) for x in after] == [list(x) for x in before]
     assert all(x[name] is y[name] for x, y in zip(after, before) for name in x)
+
+
+@functools.cache
+def windowed(size: int, kind: str = "llama") -> FeatureDrafter:
+    """The first tiny drafter, which sees so many slots. Cached: do not change it."""
+    drafter = copy.deepcopy(drafter_of(kind))
+    drafter.config.context_window = size
+    return drafter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behind_a_window_there_might_as_well_be_nothing(family):
+    """Against a session that hears no more than the window holds."""
+    tokens, features = slots(family)
+    whole = session(family, windowed(8, family))
+    for chunk in torch.arange(20).split([3, 12, 1, 4]):
+        observe(whole, tokens[chunk], features[chunk])
+        found = propose(whole, tokens[chunk][-1:])
+        end = int(chunk[-1]) + 1
+        known = slice(max(end - 8, 0), end)
+        short = session(family)
+        observe(short, tokens[known], features[known])
+        assert_trees_close(found, propose(short, tokens[chunk][-1:]))
+
+
+def test_a_windowed_drafter_reads_no_more_of_a_long_prompt_than_it_sees():
+    tokens, features = slots()
+    each = session(drafter=windowed(8))
+    observe(each, tokens, features)
+    propose(each, tokens[-1:])
+    assert each.num_slots == 8
+    assert not each.forget(8)
+    wide = session(drafter=windowed(40))
+    observe(wide, tokens, features)
+    narrow = session()
+    observe(narrow, tokens, features)
+    assert_trees_close(propose(wide, tokens[-1:]), propose(narrow, tokens[-1:]))
+
+
+def test_a_window_is_part_of_a_drafter(tmp_path):
+    drafter = windowed(8)
+    drafter.save_pretrained(tmp_path)
+    assert EagleDrafter.from_pretrained(tmp_path).config.context_window == 8
+    assert drafter.digest() != tiny_drafters(1)[0].digest()
+    assert drafter.run_key() != tiny_drafters(1)[0].run_key()
+    for wrong in (0, -1, 1.5, "8", True):
+        with pytest.raises(ValueError, match="context_window"):
+            EagleDrafterConfig.from_target(tiny_target().config, context_window=wrong)

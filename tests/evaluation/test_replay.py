@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ QUESTIONS = [
 ]
 NAMES = ("math", "chat", "code")
 COMPARED = ("variant_key", "record", "tokens", "accepted", "nodes", "chosen", "emitted")
-WEIGHTS = {name: name for name in (*NAMES, "again", "lookup")}
+WEIGHTS = {name: name for name in (*NAMES, "again", "lookup", "near")}
 
 
 class Alternating(Strategy):
@@ -90,11 +92,14 @@ def test_a_replay_gives_every_cycle_of_the_live_run(tmp_path, family, temperatur
     # is, and two means of 1 / 4 are a tie that rounding decides: hence three.
     tree = DynamicTree(depth=4, top_k=3, num_nodes=10)
     drafters["lookup"] = PromptLookup()
+    drafters["near"] = copy.deepcopy(drafters["math"])
+    drafters["near"].config.context_window = 5
     variants = standard_variants(NAMES, NAMES[:2], tree, "lookup")
     variants += [
         Variant("alternating", NAMES, Alternating(), tree),
         Variant("three", NAMES, Merged(num_nodes=12), tree),
         Variant("chain", ("code",), Single(0), ChainTree(3)),
+        Variant("near", ("near",), Single(0), tree),
         Variant("fixed", ("chat", "math"), Merged(), FixedTree.from_branching([2, 2])),
         Variant("unhashable", NAMES[:2], Merged(), Unhashable(3, 2, 5)),
     ]

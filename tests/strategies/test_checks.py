@@ -100,6 +100,33 @@ def test_drafters_that_are_not_there(asked):
         generate(Custom(asked=asked))
 
 
+class Hearing(Custom):
+    """Asks the first drafter, and having heard it the second."""
+
+    def __init__(self, also=(1,)):
+        super().__init__(asked=(0,))
+        self.also, self.heard = also, []
+
+    def ask_also(self, trees):
+        self.heard.append(tuple(trees))
+        return self.also if self.cycles >= 2 else ()
+
+
+def test_drafters_may_be_asked_when_others_have_proposed():
+    strategy = Hearing()
+    assert torch.equal(generate(strategy), generate(taps_hf.Merged()))
+    assert strategy.heard[:2] == [(0, 1)] * 2
+    assert strategy.heard[2:] == [(0,)] * len(strategy.heard[2:])
+    out = generate(strategy, return_dict_in_generate=True)
+    assert all(cycle.drafters == (0, 1) for cycle in out.draft_trace.cycles[:-1])
+
+
+@pytest.mark.parametrize("also", [(0,), (1, 0), (2,), (1, 1), None, "1"])
+def test_nobody_is_asked_twice(also):
+    with pytest.raises(ValueError, match=r"Hearing\.ask_also returned .*none of \(0,\)"):
+        generate(Hearing(also))
+
+
 def test_a_strategy_that_begins_with_something_else():
     class Broken(Custom):
         def begin(self, context):
