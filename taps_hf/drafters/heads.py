@@ -181,10 +181,13 @@ def _choose(
     # least 1. So no child is likelier than its parent.
     log_p = logits.log_softmax(dim=2)
     if with_entropy:
-        # Tokens less likely than e^-80 add nothing, but as denormal numbers they would make a CPU
-        # take several times as long.
-        below = log_p.clamp(min=-80.0)
-        entropy = -torch.linalg.vecdot(below.exp(), below)
+        # From the odds, not from `log_p`, whose rounding is much of a sharp distribution's entropy.
+        # Tokens e^80 times less likely than the likeliest add nothing, but as denormal numbers they
+        # would make a CPU take several times as long.
+        below = (logits - logits.amax(dim=2, keepdim=True)).clamp_(min=-80.0)
+        odds = below.exp()
+        total = odds.sum(dim=2)
+        entropy = total.log() - torch.linalg.vecdot(odds, below) / total
     if sample_temperature is None:
         log_confidence, tokens = topk_by_blocks(log_p, k)
     else:
