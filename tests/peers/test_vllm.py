@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -32,7 +33,7 @@ ASKED = [
     "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",
     "A train travels 60 miles an hour for 3 hours, then 40 miles an hour for 2. How far is that?",
 ]
-SMALL_VOCAB = 16
+SMALL_VOCAB, SMALL_ANSWER, TAUGHT = 16, 64, 60
 SCORED = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 11, 13, 14, 15])
 # Folder: what it is exported to, vLLM's method, and the dialect.
 SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -71,14 +72,17 @@ def drafted_by(folder: Path, method: str) -> dict[str, Any]:
 
 
 def chain(
-    target: PreTrainedModel, drafter: FeatureDrafter, prompts: list[list[int]]
+    target: PreTrainedModel,
+    drafter: FeatureDrafter,
+    prompts: list[list[int]],
+    new_tokens: int = NEW_TOKENS,
 ) -> list[dict[str, Any]]:
     """The same of our own decoding, drafting chains of the same length."""
     answers = []
     for prompt in prompts:
         out = target.generate(
             torch.tensor([prompt]),
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             assistant_models=[drafter],
             strategy="single",
@@ -186,7 +190,7 @@ def small_target(tmp_path_factory) -> PreTrainedModel:
         intermediate_size=96,
         num_hidden_layers=8,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
         initializer_range=0.3,
@@ -202,29 +206,53 @@ def small_target(tmp_path_factory) -> PreTrainedModel:
     return model
 
 
-def small_drafter(target: PreTrainedModel, kind: str, **settings: Any) -> FeatureDrafter:
+def taught_drafter(
+    target: PreTrainedModel, prompts: torch.Tensor, kind: str, **settings: Any
+) -> FeatureDrafter:
+    """One that has learnt by heart some of what the target answers to these prompts."""
     with torch.random.fork_rng():
         torch.manual_seed(6)
         if kind == "eagle":
             drafter = EagleDrafter.from_target(target)
         else:
             drafter = Eagle3Drafter.from_target(target, SCORED, **settings)
-        for name, weight in drafter.named_parameters():
-            if "norm" in name:  # new ones are all alike: none would be missed
-                weight.data.uniform_(0.5, 1.5)
-    return drafter.eval()
+    answers = target.generate(prompts, max_new_tokens=SMALL_ANSWER, do_sample=False)
+    with torch.no_grad():
+        states = target(answers, output_hidden_states=True).hidden_states
+        embeds = target.get_input_embeddings()(answers)[:, 1:-1]
+    layers = drafter.config.layer_ids if drafter.has_own_head else [-1]
+    features = torch.cat([states[layer] for layer in layers], dim=-1)[:, :-2]
+    wanted = answers[:, 2:]
+    if drafter.has_own_head:  # in places of the draft vocabulary; -100 is not asked for
+        places = torch.full((SMALL_VOCAB,), -100).index_copy(0, SCORED, torch.arange(len(SCORED)))
+        wanted = places[wanted]
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=0.003)
+    for _ in range(TAUGHT):
+        hidden = drafter(embeds, drafter.fuse(features)).last_hidden_state
+        head = drafter.scores if drafter.has_own_head else target.get_output_embeddings()
+        loss = F.cross_entropy(head(hidden).flatten(0, 1), wanted.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return drafter.requires_grad_(False).eval()
 
 
-def test_random_drafters_of_each_kind(tmp_path, small_target):
-    """With few tokens random drafters are right now and then: in vLLM at the same places."""
+def test_drafters_of_each_kind(tmp_path, small_target):
+    """Right now and then, and in vLLM at the same places."""
     generator = torch.Generator().manual_seed(7)
-    prompts = torch.randint(0, SMALL_VOCAB, (6, 9), generator=generator).tolist()
-    job = {"model": small_target.config.name_or_path, "prompts": prompts, "new_tokens": NEW_TOKENS}
+    prompts = torch.randint(0, SMALL_VOCAB, (3, 9), generator=generator)
+    job = {
+        "model": small_target.config.name_or_path,
+        "prompts": prompts.tolist(),
+        "new_tokens": SMALL_ANSWER,
+    }
     jobs, drafters = [{**job, "speculative": None}], {}
     for name, (to, kind, settings) in SERVED.items():
-        drafters[name] = small_drafter(small_target, kind, **settings)
+        drafters[name] = taught_drafter(small_target, prompts, kind, **settings)
         export(drafters[name], tmp_path / name, small_target, to)
         jobs.append({**job, "speculative": drafted_by(tmp_path / name, kind)})
     plain, *served = serve(tmp_path, jobs)
     for (name, drafter), answers in zip(drafters.items(), served):
-        assert_as_ours(answers, plain, chain(small_target, drafter, prompts), name)
+        here = chain(small_target, drafter, prompts.tolist(), SMALL_ANSWER)
+        assert sum(answer["accepted"] for answer in here) > 50, name
+        assert_as_ours(answers, plain, here, name)
