@@ -91,7 +91,7 @@ class _Pool:
     def gather(self, past: int, rows: torch.Tensor) -> None:
         """Move `rows` of everything after the first `past` entries to its front."""
         base = self.buffers[0].start + past
-        rows = rows.to(self.data.device, non_blocking=self.data.device.type != "cpu")
+        rows = rows.to(self.data.device, non_blocking=self.data.device.type == "cuda")
         self.data[:, :, :, base : base + len(rows)] = self.data[:, :, :, base + rows]
 
 

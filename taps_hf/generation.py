@@ -91,7 +91,7 @@ class SpeculativeDecoding:
     ) -> None:
         given = named_drafters(assistant_models)
         if strategy is None:
-            strategy = _default_strategy(list(given.values()), verification)
+            strategy = _default_strategy(list(given.values()), verification, lookup is True)
         self.strategy = get_strategy(strategy)
         if lookup not in (None, True, False):
             raise ValueError(f"`lookup` is {lookup!r}, expected True, False, or None.")
@@ -172,10 +172,9 @@ class SpeculativeDecoding:
                 self.drafters, target.device, recorded, self.output_draft_trees, self.on_cycle
             )
             decode(target, drafting, walk, recorder, generation_config.max_length)
-        drafting.lay_by()
-
-        if streamer is not None:
+        if streamer is not None:  # first: who listens waits for no drafter
             streamer.end()
+        drafting.lay_by()
         if not as_dict:
             return walk.input_ids
         return SpeculativeDecoderOnlyOutput(
@@ -187,8 +186,8 @@ class SpeculativeDecoding:
         )
 
 
-def _default_strategy(drafters: Sequence[Drafter], verification: str) -> str:
-    alone = len(drafters) == 1 and not drafters[0].is_free
+def _default_strategy(drafters: Sequence[Drafter], verification: str, lookup: bool) -> str:
+    alone = len(drafters) == 1 and not drafters[0].is_free and not lookup
     # Sampled proposals cannot be sized by confidence: it would be that of what was sampled.
     several = "merged" if verification == "rejection" else "auto"
     return "single" if alone else several

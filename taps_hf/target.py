@@ -343,20 +343,22 @@ class TargetSession:
         """
         if len(depths) == 1 and self._prompt_mask is None and self._window is None:
             return None
-        dtype = self.model.dtype
+        # That of keys, as kernels want it: a model's first weights may be of another one.
+        first = next((layer for layer in self._cache.cache.layers if layer.is_initialized), None)
+        dtype = self.model.dtype if first is None else first.keys.dtype
         never = torch.finfo(dtype).min
         masks = {}
         for layer_type, layer_index in self._layer_types.items():
             stored = self._stored_by(layer_index, past)
-            first = past - stored  # where the first key stands in the sequence (padding counts)
+            start = past - stored  # where the first key stands in the sequence (padding counts)
             mask = additive(ancestors, dtype, stored)
             if self._prompt_mask is not None:
                 # What was emitted since is real. At first the root is the prompt's own last token.
-                known = self._prompt_mask[:, first : past + 1]
+                known = self._prompt_mask[:, start : past + 1]
                 mask[:, : known.shape[1]].masked_fill_(~known, never)
             if layer_type == "sliding_attention":
                 queries = past + depths
-                keys = torch.cat([torch.arange(first, past, device=self.device), queries])
+                keys = torch.cat([torch.arange(start, past, device=self.device), queries])
                 mask.masked_fill_(keys[None, :] <= queries[:, None] - self._window, never)
             masks[layer_type] = mask[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
@@ -373,7 +375,7 @@ def rows_of(states: Mapping[int, torch.Tensor], nodes: Sequence[int]) -> dict[in
     """By layer (n, hidden), the states of n nodes, of those of all, (N, hidden)."""
     index = torch.tensor(nodes)
     return {
-        layer: x[index.to(x.device, non_blocking=x.device.type != "cpu")]
+        layer: x[index.to(x.device, non_blocking=x.device.type == "cuda")]
         for layer, x in states.items()
     }
 

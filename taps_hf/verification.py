@@ -188,7 +188,7 @@ class Walk:
     @property
     def input_ids(self) -> torch.Tensor:
         """(1, T) int64: what there is so far, where it was at first."""
-        return self.text.to(self._device, non_blocking=self._device.type != "cpu")
+        return self.text.to(self._device, non_blocking=self._device.type == "cuda")
 
     def along(self, tree: DraftTree, logits: torch.Tensor) -> Walked:
         """Emit tokens for as long as the tree holds the token emitted, and one more.

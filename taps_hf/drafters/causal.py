@@ -98,6 +98,8 @@ class CausalDrafter(Drafter):
         """
         if target is self.model:
             raise ValueError(f"Drafter {name!r} is the target itself, expected a smaller model.")
+        if self.model.training:  # dropout would draw random numbers that plain generate has
+            raise ValueError(f"Drafter {name!r} is in training mode; call its eval().")
         size = target.config.get_text_config(decoder=True).vocab_size
         if not 0.9 <= self.vocab_size / size <= 1.1:
             raise ValueError(

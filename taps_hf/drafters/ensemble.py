@@ -125,7 +125,7 @@ class Ensemble:
                 return  # all of them, or none: they hear the same
             sessions.append(session)
         tokens = torch.cat(earlier._tokens)
-        self._sessions, self._tokens = sessions, [tokens[: len(tokens) - surplus]]
+        self._sessions, self._tokens = sessions, [tokens[: max(len(tokens) - surplus, 0)]]
 
     def read_prompt(
         self, earlier: torch.Tensor, tokens: torch.Tensor, states: Mapping[int, torch.Tensor]

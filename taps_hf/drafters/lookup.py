@@ -91,7 +91,7 @@ class LookupSession(DrafterSession):
 
     def forget(self, count: int) -> bool:
         self._read()
-        text = self._text[: len(self._text) - count]
+        text = self._text[: max(len(self._text) - count, 0)]
         self._automaton, self._text = SuffixAutomaton(), []
         self._add(text)  # anew: a conversation is taken back once a turn at most
         return bool(text)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class AnswerMemory(Drafter):
             raise ValueError(f"`capacity` is {capacity!r}, expected an integer of at least 2.")
         self.path = None if path is None else Path(path)
         self.capacity = capacity
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is remembered
+        self._writing = threading.Lock()  # of the file: nobody who drafts waits for the disk
         self._vocab_size: int | None = None  # of the target whose answers these are
         self._halves = (_Half(), _Half())  # the older one first
         if self.path is not None:
@@ -72,9 +74,10 @@ class AnswerMemory(Drafter):
     @classmethod
     def start(cls, drafters: Sequence[Drafter], target: PreTrainedModel) -> MemorySession:
         (drafter,) = drafters
-        drafter.check_target("memory", target)
-        drafter._vocab_size = target.config.get_text_config(decoder=True).vocab_size
-        return MemorySession(drafter)
+        return MemorySession(drafter, target.config.get_text_config(decoder=True).vocab_size)
+
+    def run_key(self) -> Hashable:
+        return ()  # what drafting costs does not depend on what is remembered
 
     def check_target(self, name: str, target: PreTrainedModel) -> None:
         """Raise `ValueError` if it remembers answers of a target with another vocabulary."""
@@ -85,25 +88,43 @@ class AnswerMemory(Drafter):
                 f"and this one has {size}; expected a memory for each tokenizer."
             )
 
-    def remember(self, answer: Sequence[int]) -> None:
-        """Remember the tokens of an answer, of a long one the last."""
+    def remember(self, answer: Sequence[int], vocab_size: int) -> None:
+        """Remember the tokens of an answer, of a long one the last.
+
+        Args:
+            answer: token ids.
+            vocab_size: of the target that gave it.
+
+        Raises:
+            ValueError: if earlier answers are of a target with another vocabulary.
+            OSError: if the file cannot be written; until it can, no kill may come.
+        """
         answer = list(answer)[-(self.capacity // 2) :]
         with self._lock:
-            old, new = self._halves
+            if self._vocab_size not in (None, vocab_size):
+                raise ValueError(
+                    f"An answer of a target with {vocab_size} tokens was given, but those before "
+                    f"it are of one with {self._vocab_size}; expected a memory for each tokenizer."
+                )
+            self._vocab_size = vocab_size
+            _, new = self._halves
             if new.size + len(answer) > self.capacity // 2:
-                old, new = self._halves = (new, _Half())
-            new.add(answer)
-            if self.path is not None:
-                content = {
-                    "vocab_size": self._vocab_size,
-                    "answers": [text for half in (old, new) for text in half.texts],
-                }
-                write_text(self.path, json.dumps(content) + "\n")
+                self._halves = (new, _Half())
+            self._halves[1].add(answer)
+        if self.path is not None:
+            self._write()
+
+    def _write(self) -> None:
+        with self._writing:  # what is newest then, so that no older state comes after a newer one
+            with self._lock:
+                texts = [text for half in self._halves for text in half.texts]
+                content = {"vocab_size": self._vocab_size, "answers": texts}
+            write_text(self.path, json.dumps(content) + "\n")
 
     def forget_all(self) -> None:
-        """Forget all answers, and remove the file."""
-        with self._lock:
-            self._halves = (_Half(), _Half())
+        """Forget all answers and whose they were, and remove the file."""
+        with self._writing, self._lock:
+            self._halves, self._vocab_size = (_Half(), _Half()), None
             if self.path is not None:
                 self.path.unlink(missing_ok=True)
 
@@ -133,10 +154,9 @@ class AnswerMemory(Drafter):
                 raise ValueError(
                     f"{self.path} has tokens not in 0 to {size - 1}, expected {_WHAT}."
                 )
-        self._vocab_size = size
         path, self.path = self.path, None  # nothing is written while it is read
         for answer in answers:
-            self.remember(answer)
+            self.remember(answer, size)
         self.path = path
 
 
@@ -172,10 +192,11 @@ class MemorySession(DrafterSession):
 
     Args:
         memory: that is asked and told.
+        vocab_size: of the target.
     """
 
-    def __init__(self, memory: AnswerMemory) -> None:
-        self._memory = memory
+    def __init__(self, memory: AnswerMemory, vocab_size: int) -> None:
+        self._memory, self._vocab_size = memory, vocab_size
         self._end: list[int] = []  # of the text
         self._answer: list[int] = []
         self._heard: list[torch.Tensor] = []
@@ -199,7 +220,10 @@ class MemorySession(DrafterSession):
     def finish(self) -> None:
         self._read()
         if self._answer:
-            self._memory.remember(self._answer)
+            try:
+                self._memory.remember(self._answer, self._vocab_size)
+            except (OSError, ValueError) as error:  # the answer is there, and worth more
+                warnings.warn(f"An answer may not be remembered: {error}", stacklevel=2)
         self._answer, self._drafts = [], False
 
     def _read(self) -> None:

@@ -196,7 +196,9 @@ class _Growth:
         """Run slots with true features; returns those predicted at the root, (B, 1, hidden)."""
         device, rows = self._session.device, len(self._runner.rows)
         # To the device nobody waits; from pageable memory the copy is made before the call returns.
-        tokens = torch.cat([tokens for tokens, _ in new]).to(device, non_blocking=True)
+        tokens = torch.cat([tokens for tokens, _ in new]).to(
+            device, non_blocking=device.type == "cuda"
+        )
         features = torch.cat([features.to(device) for _, features in new])
         positions = torch.arange(self._past - len(tokens), self._past, device=device)
         features = features.to(self._session.dtype).expand(rows, -1, -1)

@@ -368,7 +368,7 @@ def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     flat = [tensors[i].contiguous().view(torch.uint8).flatten() for i in order]
     # From pageable memory a device copies before the call returns; into it, only when it is done.
-    together = torch.cat(flat).to(device, non_blocking=device.type != "cpu")
+    together = torch.cat(flat).to(device, non_blocking=device.type == "cuda")
     moved = list(tensors)
     for i, piece in zip(order, together.split([len(piece) for piece in flat])):
         moved[i] = piece.view(tensors[i].dtype).view(tensors[i].shape)

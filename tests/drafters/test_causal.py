@@ -167,3 +167,12 @@ def test_models_that_cannot_draft_are_refused():
     refused("is the target itself", assistant_models={"small": tiny_target()})
     with pytest.raises(ValueError, match="LlamaModel"):
         taps_hf.SpeculativeDecoding([tiny_target().base_model])
+
+
+def test_a_model_in_training_mode_is_refused():
+    """Dropout would draw random numbers of which plain generate draws other ones."""
+    model = copy.deepcopy(assistant("gpt2"))
+    refused("is in training mode; call its eval", assistant_models=[model.train()])
+    model.eval()
+    tiny_target().generate(prompt(), max_new_tokens=4, assistant_models=[model])
+    refused("is in training mode; call its eval", assistant_models=[model.train()])

@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList
 
 import taps_hf
 from taps_hf import DraftRequest, DraftTree, DynamicTree, FixedTree, PromptLookup
-from taps_hf.drafters.lookup import LEAST
+from taps_hf.drafters.lookup import LEAST, LookupSession
 
 from ..tiny import FAMILIES, VOCAB, prompt, refused, tiny_drafters, tiny_target
 
@@ -193,3 +193,23 @@ def test_auto_adds_a_lookup_unless_there_is_one_or_it_is_not_wanted():
 def test_it_samples_no_proposals():
     tree = FixedTree([(0,)])
     refused("cannot sample", assistant_models=PromptLookup(), verification="rejection", tree=tree)
+
+
+def test_a_lookup_that_is_asked_for_takes_part_beside_a_single_drafter():
+    out = tiny_target().generate(
+        prompt(30),
+        max_new_tokens=30,
+        do_sample=False,
+        assistant_models=tiny_drafters(1)[0],
+        lookup=True,
+        return_dict_in_generate=True,
+    )
+    assert any(1 in cycle.drafters for cycle in out.draft_trace.cycles)
+
+
+def test_more_than_is_known_can_be_forgotten():
+    session = LookupSession(PromptLookup())
+    session.observe(torch.arange(15), {})
+    assert not session.forget(20)
+    session.observe(torch.tensor([3, 4, 3, 4, 3]), {})
+    assert session.forget(1)

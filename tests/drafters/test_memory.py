@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from transformers import LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from taps_hf import AnswerMemory, DraftRequest, DynamicTree
 
@@ -61,8 +62,8 @@ def test_only_answers_are_remembered_and_none_that_an_exception_ended():
 
 def test_ends_of_answers_are_not_proposed_nor_what_followed_them():
     memory = AnswerMemory()
-    memory.remember([1, 2, 3, 4, 5])
-    memory.remember([6, 7, 8])
+    memory.remember([1, 2, 3, 4, 5], VOCAB)
+    memory.remember([6, 7, 8], VOCAB)
     assert proposed(memory, [1, 2, 3]) == [4, 5]
     assert proposed(memory, [3, 4, 5]) == []
     assert proposed(memory, [9, 2, 3]) == []  # too short a match
@@ -71,11 +72,11 @@ def test_ends_of_answers_are_not_proposed_nor_what_followed_them():
 def test_it_forgets_the_oldest_and_never_remembers_more_than_it_may():
     memory = AnswerMemory(capacity=40)
     for start in range(0, 200, 10):
-        memory.remember(range(start, start + 10))
+        memory.remember(range(start, start + 10), 2000)
         assert len(memory) <= 40
     assert proposed(memory, [192, 193, 194]) == [195, 196, 197, 198, 199]
     assert proposed(memory, [2, 3, 4]) == []
-    memory.remember(range(1000, 1100))
+    memory.remember(range(1000, 1100), 2000)
     assert proposed(memory, [1096, 1097, 1098]) == [1099]
     assert len(memory) <= 40
     memory.forget_all()
@@ -160,3 +161,47 @@ def test_the_text_is_plain_generates_whatever_is_remembered(strategy):
             found.append(target.generate(prompt(9), max_new_tokens=30, do_sample=True, **drafters))
         assert torch.equal(*found)
     assert len(memory) == 90
+
+
+def test_an_answer_is_worth_more_than_its_memory(tmp_path):
+    """A file that can no longer be written costs neither the answer nor its end."""
+    file = tmp_path / "answers.json"
+    memory = AnswerMemory(file)
+    file.mkdir()  # in the place of the file
+
+    class Listener(BaseStreamer):
+        ended = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            pass
+
+        def end(self) -> None:
+            self.ended += 1
+
+    listener = Listener()
+    with pytest.warns(UserWarning, match="may not be remembered"):
+        said = answer(memory, streamer=listener).sequences
+    assert said.shape == (1, 49)
+    assert listener.ended == 1
+    assert answer_of_nobody().equal(said)
+
+
+def answer_of_nobody() -> torch.Tensor:
+    return answer(AnswerMemory()).sequences
+
+
+def test_answers_of_another_target_are_not_taken_until_all_are_forgotten(tmp_path):
+    memory = AnswerMemory(tmp_path / "answers.json")
+    memory.remember([1, 2, 3], 99)
+    assert len(AnswerMemory(memory.path)) == 3
+    with pytest.raises(ValueError, match="one with 99"):
+        memory.remember([1, 2, 3], VOCAB)
+    memory.forget_all()
+    answer(memory)
+    assert len(memory) == 40
+
+
+def test_what_drafting_costs_is_measured_once_for_all_memories():
+    assert AnswerMemory().run_key() == AnswerMemory(capacity=50).run_key()
+    drafters = [AnswerMemory(), AnswerMemory()]
+    assert not AnswerMemory.runs_as_one(drafters)
