@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from variants import STRATEGIES, Variant, variants
 from taps_hf import EagleDrafter
 from taps_hf.checks import set_threads
 from taps_hf.files import check_writable
+from taps_hf.measuring import now
 from taps_hf.trace import first_difference
 
 PROMPTS = [str(ROOT / "examples" / "prompts" / f"{kind}.jsonl") for kind in ("math", "chat")]
@@ -63,7 +63,7 @@ def measure(
     for variant in order[shift:] + order[:shift]:
         torch.manual_seed(seed)
         with _counted_passes(model) as count:
-            start = _now(model.device)
+            start = now(model.device)
             outputs[variant] = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -71,7 +71,7 @@ def measure(
                 **generate,
                 **({} if variant is None else variant.arguments(drafters)),
             )
-            seconds[variant] = _now(model.device) - start
+            seconds[variant] = now(model.device) - start
         passes[variant] = len(count)
 
     length = input_ids.shape[1]
@@ -272,13 +272,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     return encoded["input_ids"]
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, after what the device still had to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ import taps_hf
 from taps_hf import Confidence, DynamicTree, EagleDrafter, Merged, Single, Strategy
 from taps_hf.checks import check_device
 from taps_hf.files import check_writable, write_text
+from taps_hf.measuring import now
 from taps_hf.training.objectives import FrozenTarget, get_objective
+from taps_hf.training.steps import IGNORED
 
 SHAPES = {
     # Meta-Llama-3-8B-Instruct's.
@@ -184,9 +186,9 @@ def _cost_of_cycles(
         for name in ways:
             times = []
             for tokens in (SHORT, LONG):
-                start = _now(device)
+                start = now(device)
                 generate(name, tokens)
-                times.append(_now(device) - start)
+                times.append(now(device) - start)
             found[name].append((times[1] - times[0]) / cycles[name])
     return {name: statistics.median(values) for name, values in found.items()}, shares
 
@@ -212,7 +214,7 @@ def _training(options: argparse.Namespace, device: torch.device) -> str:
     scored, batch, length = min(32000, target.config.vocab_size), 4, 1024
     ids = torch.randint(0, target.config.vocab_size, (batch, length), device=device)
     labels = ids.clone()
-    labels[:, : length // 4] = -100
+    labels[:, : length // 4] = IGNORED
     lines = [
         f"## Training for the shape of {options.shape}\n\nForward, backward and AdamW on {batch} x "
         f"{length} random tokens, three quarters of them answers, autocast to bfloat16, draft "
@@ -245,13 +247,6 @@ def _step(
         optimizer.step()
 
     return run
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, after what the device still had to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -36,6 +35,7 @@ from taps_hf.checks import set_threads
 from taps_hf.drafters.base import DraftRequest
 from taps_hf.drafters.ensemble import Ensemble
 from taps_hf.drafters.heads import topk_by_blocks
+from taps_hf.measuring import now
 from taps_hf.strategies.costs import LearntCosts
 from taps_hf.target import TargetSession
 
@@ -86,19 +86,13 @@ class Drafting:
 
 def timed(parts: Mapping[str, Part], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each part; the first round is not counted."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(rounds + 1):
         for name, part in parts.items():
-            start = now()
+            start = now(device)
             part()
             if number:
-                seconds[name].append(now() - start)
+                seconds[name].append(now(device) - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

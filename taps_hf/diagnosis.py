@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ TYPICAL = ((0.5, 0.9),) * DEPTH
 (Those in hub_cards have 51 to 54 % at first and 52 to 92 % deeper, on this command's prompts.)"""
 _FAR_BELOW = 0.5  # times the lower end, at the first token
 _HELPS = 1.5  # times as many right first tokens, and at least ...
-_CLEARLY = 0.05  # ... so many more
+_CLEARLY = 0.05  # ... so many more, and so many standard errors: of many things tried
+_SURELY = 3.0  # on few drafts one seems to help by chance
 _PROMPTS = (
     "A shop sells pencils at 3 for 2 dollars. How much do 18 pencils cost? Explain step by step.",
     "Write a short e-mail that asks a colleague for the minutes of yesterday's meeting.",
@@ -153,7 +155,7 @@ def diagnose(
         n for n in (near for layer in needed for near in (layer - 1, layer + 1)) if n in layers
     }
     needed.add(layers[-1])
-    states = [_with_last(record, target, sorted(needed)) for record in records]
+    states = [states_of(record, target, sorted(needed)) for record in records]
     found = accepted(drafter, target, records, states)
     if not found.tried[0]:
         raise ValueError("The answers have no tokens to draft, expected longer ones.")
@@ -166,17 +168,6 @@ def diagnose(
         seen = [{n: _late(x, shift) for n, x in known.items()} for known in states]
         changed[what] = accepted(other, target, records, seen, few)
     return Diagnosis(found, changed, _causes(drafter, target, base, changed))
-
-
-def _with_last(
-    record: Record, target: PreTrainedModel, layers: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """States of layers, the last ones computed like the others."""
-    computed = states_of(record, target, [n for n in layers if n != LAST] or [0])
-    with torch.no_grad():
-        tokens = record.tokens[None, :-1].to(target.device)
-        last = target.base_model(tokens).last_hidden_state[0].cpu()
-    return {**computed, LAST: last}
 
 
 def _late(states: torch.Tensor, shift: int) -> torch.Tensor:
@@ -246,7 +237,7 @@ def _causes(
 ) -> list[str]:
     found = []
     for what, other in sorted(changed.items(), key=lambda item: -item[1].first):
-        if other.first > max(_HELPS * base.first, base.first + _CLEARLY):
+        if _helps(base, other):
             found.append(
                 f"{what}: {other.first:.0%} of first tokens are right, not {base.first:.0%}"
             )
@@ -259,6 +250,14 @@ def _causes(
             "another chat template or tokenizer, or trained too little"
         )
     return found
+
+
+def _helps(base: Acceptance, other: Acceptance) -> bool:
+    """Whether clearly more first tokens are right, and not by chance."""
+    share = (base.right[0] + other.right[0]) / (base.tried[0] + other.tried[0])
+    error = math.sqrt(share * (1 - share) * (1 / base.tried[0] + 1 / other.tried[0]))
+    more = max(_CLEARLY, _SURELY * error)
+    return other.first > max(_HELPS * base.first, base.first + more)
 
 
 def report(diagnosis: Diagnosis) -> str:

@@ -26,8 +26,8 @@ _SERVED = {
     "--speculative-num-steps 5 --speculative-eagle-topk 8 --speculative-num-draft-tokens 32{map}",
     "vllm": "vllm serve {target} --speculative-config "
     '\'{{"method": "{method}", "model": "FOLDER", "num_speculative_tokens": 3}}\'',
-    "speculators": "vllm serve FOLDER",
 }
+_SERVED["speculators"] = _SERVED["vllm"]  # vLLM reads both
 
 
 def convert(

@@ -90,11 +90,11 @@ class SpeculativeDecoding:
         lookup: bool | None = None,
     ) -> None:
         given = named_drafters(assistant_models)
-        if strategy is None:
-            strategy = _default_strategy(list(given.values()), verification, lookup is True)
-        self.strategy = get_strategy(strategy)
-        if lookup not in (None, True, False):
+        if not (lookup is None or isinstance(lookup, bool)):
             raise ValueError(f"`lookup` is {lookup!r}, expected True, False, or None.")
+        if strategy is None:
+            strategy = _default_strategy(list(given.values()), verification, bool(lookup))
+        self.strategy = get_strategy(strategy)
         if lookup is None:
             lookup = isinstance(self.strategy, Auto) and verification != "rejection"
         self.drafters = with_lookup(given) if lookup else check_some(given)

@@ -173,22 +173,23 @@ def _tree_key(tree: TreeShape) -> object:
     return tree
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, after what the device still had to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _time(
     runs: Mapping[_Key, Callable[[], None]], device: torch.device, seconds: float = _SECONDS
 ) -> dict[_Key, float]:
     """The shortest time of each, in as many rounds as fit: others on the machine only add to it."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     best: dict[_Key, float] = {}
-    began, rounds = now(), 0
-    while not rounds or (now() - began) * (1 + 1 / rounds) < seconds:
+    began, rounds = now(device), 0
+    while not rounds or (now(device) - began) * (1 + 1 / rounds) < seconds:
         for key, run in runs.items():
-            start = now()
+            start = now(device)
             run()
-            best[key] = min(best.get(key, float("inf")), now() - start)
+            best[key] = min(best.get(key, float("inf")), now(device) - start)
         rounds += 1
     return best

@@ -89,7 +89,7 @@ def test_a_drafter_that_drafts(kind):
 def test_acceptance_is_counted_by_depth():
     """Against drafting every position by hand, one token deep."""
     drafter, target = learnt(EagleDrafter), restless()
-    states = [diagnosis._with_last(record, target, [LAST]) for record in records()]
+    states = [states_of(record, target, [0, LAST]) for record in records()]
     found = accepted(drafter, target, records(), states)
     right = tried = 0
     with torch.no_grad():
@@ -134,6 +134,7 @@ def test_what_was_read_wrongly_is_named(kind, spoil, cause):
 
 
 def test_the_wrong_target_is_named_and_nothing_else_invented():
+    torch.manual_seed(0)
     drafter = Eagle3Drafter.from_target(restless(), layer_ids=[2, 4, 6]).eval()
     drafter.config.target_name_or_path = "somebody/else"
     target = copy.copy(restless())

@@ -17,10 +17,6 @@ class EagleDrafterConfig(FeatureDrafterConfig):
     r"""Configuration of [`EagleDrafter`].
 
     Args:
-        layer_config (`dict`): configuration of a one-layer model of the target's family, with its
-            `model_type`. Use [`EagleDrafterConfig.from_target`] to derive it.
-        hidden_size (`int`): width of the target's features and of the drafter.
-        vocab_size (`int`): size of the target's vocabulary (rows of its LM head).
         backbone (`"eagle2"` or `"hass"`): the method whose objective the drafter was trained with,
             EAGLE (the drafter of EAGLE-2, which is EAGLE's) or HASS: what papers call a drafter's
             backbone. For people and cards: drafting is the same for both. Other values are refused,
@@ -28,11 +24,7 @@ class EagleDrafterConfig(FeatureDrafterConfig):
         fc_bias (`bool`): whether the projection of [embedding; feature] has a bias.
         input_norm (`bool`): whether the decoder layer normalises its input. The original EAGLE
             checkpoints leave that norm out.
-        draft_vocab_size (`int`, *optional*): number of tokens the drafter scores; `None` means all.
-            The token ids themselves are the buffer `draft_token_ids` of the checkpoint.
-        target_name_or_path (`str`, *optional*): the target the drafter was trained for.
-        tokenizer_fingerprint (`str`, *optional*): see [`tokenizer_fingerprint`].
-        training_data (`list[str]`, *optional*): what it was trained on, for people and for cards.
+        kwargs: the fields of [`FeatureDrafterConfig`]; `from_target` knows them.
     """
 
     model_type = "taps_eagle"
@@ -41,16 +33,9 @@ class EagleDrafterConfig(FeatureDrafterConfig):
 
     def __init__(
         self,
-        layer_config: dict[str, Any] | None = None,
-        hidden_size: int = 0,
-        vocab_size: int = 0,
         backbone: str = "eagle2",
         fc_bias: bool = False,
         input_norm: bool = False,
-        draft_vocab_size: int | None = None,
-        target_name_or_path: str | None = None,
-        tokenizer_fingerprint: str | None = None,
-        training_data: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if backbone not in BACKBONES:
@@ -58,16 +43,7 @@ class EagleDrafterConfig(FeatureDrafterConfig):
         self.backbone = backbone
         self.fc_bias = fc_bias
         self.input_norm = input_norm
-        super().__init__(
-            layer_config=layer_config,
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            target_name_or_path=target_name_or_path,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            training_data=training_data,
-            **kwargs,
-        )
+        super().__init__(**kwargs)
 
     @classmethod
     def from_target(

@@ -23,10 +23,6 @@ class Eagle3DrafterConfig(FeatureDrafterConfig):
     give the original's (arXiv 2503.01840).
 
     Args:
-        layer_config (`dict`): configuration of a one-layer model of the family `llama` or `qwen3`,
-            with its `model_type`: its attention (`head_dim`, rotary positions), MLP and norms.
-        hidden_size (`int`): width of the target's hidden states and of the drafter.
-        vocab_size (`int`): size of the target's vocabulary (rows of its LM head).
         layer_ids (`list[int]`): which of the target's hidden states are read, in this order.
             Numbers count as in transformers' `hidden_states`: L is what decoder layer L reads and
             layer L - 1 gives, from 1 to the number of layers (there: before the final norm). Some
@@ -35,11 +31,8 @@ class Eagle3DrafterConfig(FeatureDrafterConfig):
         norm_before_fc (`bool`): whether one norm over all features stands before the projection.
         fc_norm (`bool`): whether each feature has a norm of its own before the projection.
         norm_output (`bool`): whether what is fed back as the next feature is the normalised state.
-        draft_vocab_size (`int`, *optional*): number of tokens the drafter scores; `None` means all.
-            The token ids themselves, in ascending order, are the buffer `draft_token_ids`.
-        target_name_or_path (`str`, *optional*): the target the drafter was trained for.
-        tokenizer_fingerprint (`str`, *optional*): see [`tokenizer_fingerprint`].
-        training_data (`list[str]`, *optional*): what it was trained on, for people and for cards.
+        kwargs: the fields of [`FeatureDrafterConfig`]. `layer_config` is of the family `llama` or
+            `qwen3`; draft token ids are in ascending order.
     """
 
     model_type = "taps_eagle3"
@@ -55,18 +48,11 @@ class Eagle3DrafterConfig(FeatureDrafterConfig):
 
     def __init__(
         self,
-        layer_config: dict[str, Any] | None = None,
-        hidden_size: int = 0,
-        vocab_size: int = 0,
         layer_ids: Sequence[int] = (1,),
         norm_before_residual: bool = False,
         norm_before_fc: bool = False,
         fc_norm: bool = False,
         norm_output: bool = False,
-        draft_vocab_size: int | None = None,
-        target_name_or_path: str | None = None,
-        tokenizer_fingerprint: str | None = None,
-        training_data: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.layer_ids = list(layer_ids) if isinstance(layer_ids, tuple) else layer_ids
@@ -74,16 +60,7 @@ class Eagle3DrafterConfig(FeatureDrafterConfig):
         self.norm_before_fc = norm_before_fc
         self.fc_norm = fc_norm
         self.norm_output = norm_output
-        super().__init__(
-            layer_config=layer_config,
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            target_name_or_path=target_name_or_path,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            training_data=training_data,
-            **kwargs,
-        )
+        super().__init__(**kwargs)
 
     def _check(self) -> None:
         super()._check()

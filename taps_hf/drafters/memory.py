@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
@@ -21,6 +22,7 @@ from .suffixes import SuffixAutomaton
 _LONGEST_MATCH = 32  # tokens that are compared: beyond that nothing gets surer
 _LEAST_MATCH = 3  # below that, what other texts say says little about this one
 _WHAT = "the answers of a taps_hf.AnswerMemory"
+_BEGINS = b'{"vocab_size": '  # every file of one
 
 
 class AnswerMemory(Drafter):
@@ -36,7 +38,7 @@ class AnswerMemory(Drafter):
     Args:
         path: a file to go on from, if it is there, and to write after every answer, whole: a kill
             leaves the last one. It holds token ids of answers, readable by who has the tokenizer.
-            Of several processes the last to write wins.
+            Of several processes the last to write wins. What else comes to lie there stays.
         capacity: tokens that are remembered at most.
 
     Raises:
@@ -50,7 +52,7 @@ class AnswerMemory(Drafter):
     def __init__(self, path: str | Path | None = None, capacity: int = 100_000) -> None:
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 2:
             raise ValueError(f"`capacity` is {capacity!r}, expected an integer of at least 2.")
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).resolve()  # a link's end, not the link
         self.capacity = capacity
         self._lock = threading.Lock()  # of what is remembered
         self._writing = threading.Lock()  # of the file: nobody who drafts waits for the disk
@@ -96,9 +98,16 @@ class AnswerMemory(Drafter):
             vocab_size: of the target that gave it.
 
         Raises:
-            ValueError: if earlier answers are of a target with another vocabulary.
-            OSError: if the file cannot be written; until it can, no kill may come.
+            ValueError: if earlier answers are of a target with another vocabulary; or if something
+                else has come to lie in the place of the file.
+            OSError: if the file cannot be written. Then, too, the answer is remembered, and
+                written with the next one.
         """
+        self._keep(answer, vocab_size)
+        if self.path is not None:
+            self._write()
+
+    def _keep(self, answer: Sequence[int], vocab_size: int) -> None:
         answer = list(answer)[-(self.capacity // 2) :]
         with self._lock:
             if self._vocab_size not in (None, vocab_size):
@@ -111,22 +120,37 @@ class AnswerMemory(Drafter):
             if new.size + len(answer) > self.capacity // 2:
                 self._halves = (new, _Half())
             self._halves[1].add(answer)
-        if self.path is not None:
-            self._write()
 
     def _write(self) -> None:
         with self._writing:  # what is newest then, so that no older state comes after a newer one
             with self._lock:
                 texts = [text for half in self._halves for text in half.texts]
                 content = {"vocab_size": self._vocab_size, "answers": texts}
+            self._check_file()
             write_text(self.path, json.dumps(content) + "\n")
 
     def forget_all(self) -> None:
-        """Forget all answers and whose they were, and remove the file."""
+        """Forget all answers and whose they were, and remove the file.
+
+        Raises:
+            ValueError: if something else has come to lie in its place: that stays.
+        """
         with self._writing, self._lock:
             self._halves, self._vocab_size = (_Half(), _Half()), None
             if self.path is not None:
+                self._check_file()
                 self.path.unlink(missing_ok=True)
+
+    def _check_file(self) -> None:
+        """Raise `ValueError` if what lies in the place of the file is none of a memory's."""
+        if os.path.lexists(self.path) and not self._is_file():
+            raise ValueError(f"{self.path} holds something else by now, expected {_WHAT}.")
+
+    def _is_file(self) -> bool:
+        if self.path.is_symlink() or not self.path.is_file():
+            return False
+        with self.path.open("rb") as file:
+            return file.read(len(_BEGINS)) == _BEGINS
 
     def draft(self, text: Sequence[int], request: DraftRequest) -> DraftTree | None:
         """What followed a text in the half that knows more of its end; None if that is little.
@@ -154,10 +178,8 @@ class AnswerMemory(Drafter):
                 raise ValueError(
                     f"{self.path} has tokens not in 0 to {size - 1}, expected {_WHAT}."
                 )
-        path, self.path = self.path, None  # nothing is written while it is read
         for answer in answers:
-            self.remember(answer, size)
-        self.path = path
+            self._keep(answer, size)
 
 
 class _Half:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
-import torch
 from transformers import PreTrainedModel
 
 from ..drafters.base import Drafter
+from ..measuring import now
 from ..trace import first_difference
 from .measurements import Cycles
 from .records import Record, RecordOptions, generate_seeded, seed_of
@@ -55,11 +54,11 @@ def run_live(
                 "tree": variant.tree,
                 "lookup": False,  # among the drafters, if the variant has one
             }
-        began = _now(target.device)
+        began = now(target.device)
         output = generate_seeded(
             target, prompt, options, seed, return_dict_in_generate=True, **speculate
         )
-        seconds[number] = _now(target.device) - began
+        seconds[number] = now(target.device) - began
         trace = getattr(output, "draft_trace", None)
         outputs[number] = (output.sequences[0, record.answer_start :].tolist(), trace)
     recorded = record.tokens[record.answer_start :].tolist()
@@ -91,9 +90,3 @@ def run_live(
             )
         )
     return rows
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -39,7 +39,8 @@ def states_of(
 ) -> dict[int, torch.Tensor]:
     """By layer the states of all tokens but the last, (n - 1, hidden).
 
-    Records hold the last ones. Others are computed, as the target computes a prompt: one pass.
+    Records hold the last ones, if anything has. Others are computed, as the target computes a
+    prompt: one pass.
 
     Args:
         record: a text.
@@ -53,7 +54,7 @@ def states_of(
     with TargetSession(target, *given) as session:
         _, found = session.prefill()
     kept = {layer: x.to("cpu", record.features.dtype) for layer, x in found.items()}
-    return {**kept, LAST: record.features}
+    return {**kept, LAST: record.features} if len(record.features) else kept
 
 
 class _Reader:

@@ -186,6 +186,32 @@ def test_an_answer_is_worth_more_than_its_memory(tmp_path):
     assert answer_of_nobody().equal(said)
 
 
+@pytest.mark.parametrize("what", ["a file", "a link"])
+def test_what_a_user_puts_in_its_place_stays(tmp_path, what):
+    file = tmp_path / "answers.json"
+    memory = AnswerMemory(file)
+    theirs = file if what == "a file" else tmp_path / "theirs.json"
+    theirs.write_text('{"mine": 1}')
+    if what == "a link":
+        file.symlink_to(theirs)
+    with pytest.raises(ValueError, match="holds something else by now"):
+        memory.remember([1, 2, 3], VOCAB)
+    with pytest.raises(ValueError, match="holds something else by now"):
+        memory.forget_all()
+    assert len(memory) == 0
+    assert theirs.read_text() == '{"mine": 1}'
+    assert file.is_symlink() == (what == "a link")
+
+
+def test_a_link_to_a_memory_leads_there(tmp_path):
+    AnswerMemory(tmp_path / "answers.json").remember([1, 2, 3], VOCAB)
+    (tmp_path / "link").symlink_to(tmp_path / "answers.json")
+    memory = AnswerMemory(tmp_path / "link")
+    memory.remember([4, 5, 6], VOCAB)
+    assert len(AnswerMemory(tmp_path / "answers.json")) == 6
+    assert (tmp_path / "link").is_symlink()
+
+
 def answer_of_nobody() -> torch.Tensor:
     return answer(AnswerMemory()).sequences
 

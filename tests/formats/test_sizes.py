@@ -17,17 +17,15 @@ from taps_hf.formats.load import recognise
 from taps_hf.formats.reading import Target
 from taps_hf.formats.writing import ENGINES
 
+from .foreign import EAGLE_CONFIG
+
 VOCAB, DRAFT, WIDTH, MIDDLE, HEADS, SHARED, LAYERS = 128256, 32000, 4096, 14336, 32, 8, 32
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 1,
+    **EAGLE_CONFIG,
     "hidden_size": WIDTH,
     "intermediate_size": MIDDLE,
     "num_attention_heads": HEADS,
     "num_key_value_heads": SHARED,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
     "vocab_size": VOCAB,
 }
 
