@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import DTYPES, ROOT, add_model_options, check_model_options, load_models
+from models import (
+    DTYPES,
+    ROOT,
+    add_model_options,
+    check_model_options,
+    load_models,
+    load_small_model,
+)
 from prompts import Prompt, read_prompts
 from results import Results, Row, markdown, read_results
 from settings import command, heading, settings_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from variants import STRATEGIES, Variant, variants
 
-from taps_hf import EagleDrafter
 from taps_hf.checks import set_threads
+from taps_hf.drafters.base import Drafter
 from taps_hf.files import check_writable
 from taps_hf.measuring import now
 from taps_hf.trace import first_difference
@@ -34,7 +41,7 @@ PROMPTS = [str(ROOT / "examples" / "prompts" / f"{kind}.jsonl") for kind in ("ma
 
 def measure(
     model: PreTrainedModel,
-    drafters: Mapping[str, EagleDrafter],
+    drafters: Mapping[str, Drafter],
     pending: Sequence[Variant],
     prompt: Prompt,
     input_ids: torch.Tensor,
@@ -119,7 +126,7 @@ def _counted_passes(model: PreTrainedModel) -> Iterator[list[None]]:
 
 def run(
     model: PreTrainedModel,
-    drafters: Mapping[str, EagleDrafter],
+    drafters: Mapping[str, Drafter],
     ways: Sequence[Variant],
     prompts: Sequence[Prompt],
     encode: Callable[[str], torch.Tensor],
@@ -173,13 +180,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.draft_vocab is not None:
         for drafter in drafters.values():
             drafter.score_only(options.draft_vocab)
+    if options.context_window is not None:
+        for drafter in drafters.values():
+            drafter.config.context_window = options.context_window
+    if options.small_model is not None:
+        drafters = {"small": load_small_model(options.small_model, target)}
     generate: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
     if options.temperature:
         generate |= {"do_sample": True, "temperature": options.temperature, "top_k": 0}
     settings = settings_of(options, target, drafters)
     results = Results(options.out, settings)
     ways = variants(list(drafters), options.trees, options.strategies)
-    encode = _encoder(tokenizer, prompts, options.context, target.device)
+    filler = [prompt for spec in options.filler for prompt in read_prompts(spec)] or prompts
+    encode = _encoder(tokenizer, filler, options.context, target.device)
     run(target, drafters, ways, prompts, encode, generate, results, options.seed)
 
     keys, names = {prompt.key for prompt in prompts}, {way.name for way in ways}
@@ -196,18 +209,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _encoder(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    filler: Sequence[Prompt],
     context: int,
     device: torch.device,
 ) -> Callable[[str], torch.Tensor]:
-    """Encodes questions: (1, T) int64, T at least `context`, filled up with other questions."""
-    filler = "\n\n".join(prompt.text for prompt in prompts)
+    """Encodes questions: (1, T) int64, T at least `context`, filled up with the filler's texts."""
+    others = "\n\n".join(prompt.text for prompt in filler)
 
     def encode(text: str) -> torch.Tensor:
         ids = _tokens(tokenizer, text)
         if (missing := context - ids.shape[1]) > 0:
-            # Other questions above this one, cut to the length asked for.
-            above = tokenizer(filler, add_special_tokens=False)["input_ids"]
+            # Above the question, cut to the length asked for, and repeated if there is too little.
+            above = tokenizer(others, add_special_tokens=False)["input_ids"]
             above = (above * (missing // len(above) + 1))[:missing]
             ids = _tokens(tokenizer, f"{tokenizer.decode(above)}\n\n{text}")
         return ids.to(device)
@@ -227,7 +240,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="JSON lines with `turns` or `instruction` (default: the examples' own)",
     )
     add_model_options(parser)
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument(
+        "--small-model",
+        metavar="PATH",
+        help="a language model with the target's tokenizer, to draft in place of the drafters",
+    )
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, help="default: all of them")
     parser.add_argument(
         "--trees",
         nargs="+",
@@ -251,9 +269,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--context", type=int, default=0, help="tokens of each prompt at least, filled up with text"
     )
+    parser.add_argument(
+        "--filler",
+        nargs="+",
+        default=[],
+        metavar="FILE[:COUNT]",
+        help="prompts whose texts fill contexts (default: the other prompts, which repeat if few)",
+    )
+    parser.add_argument(
+        "--context-window",
+        type=int,
+        help="slots of their context that drafters see (default: as saved)",
+    )
     parser.add_argument("--out", type=Path, help="file of results to write or to go on with")
     options = parser.parse_args(argv)
     check_model_options(parser, options)
+    peer = "assistant-model"  # that of transformers needs such a model
+    if options.strategies is None:
+        small = options.small_model is not None
+        options.strategies = [name for name in STRATEGIES if small or name != peer]
+    if peer in options.strategies and options.small_model is None:
+        parser.error(f"{peer} needs --small-model")
+    if options.context_window is not None and options.context_window < 1:
+        parser.error(f"--context-window is {options.context_window}, expected a positive number")
     return options
 
 

@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from taps_hf import EagleDrafter
 from taps_hf.checks import check_device, named_paths
+from taps_hf.drafters.causal import CausalDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.loading import EMBEDDED, load_drafter, load_target
 
@@ -37,6 +38,12 @@ def check_model_options(parser: argparse.ArgumentParser, options: argparse.Names
         check_device(options.device)
     except ValueError as error:
         parser.error(str(error))
+
+
+def load_small_model(path: str, target: PreTrainedModel) -> CausalDrafter:
+    """An ordinary language model as a drafter, in the target's dtype and on its device."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype).to(target.device).eval()
+    return CausalDrafter.of(model)
 
 
 def load_models(

@@ -16,11 +16,11 @@ import transformers
 from transformers import PreTrainedModel
 
 import taps_hf
-from taps_hf import EagleDrafter
+from taps_hf.drafters.base import Drafter
 
 
 def settings_of(
-    options: argparse.Namespace, model: PreTrainedModel, drafters: Mapping[str, EagleDrafter]
+    options: argparse.Namespace, model: PreTrainedModel, drafters: Mapping[str, Drafter]
 ) -> dict[str, Any]:
     """What rows must have in common to be compared."""
     name = str(model.config.name_or_path)
@@ -34,6 +34,8 @@ def settings_of(
         "temperature": options.temperature,
         "seed": options.seed,
         "context": options.context,
+        "filler": [Path(spec).name for spec in options.filler],
+        "context_window": options.context_window,
         "hardware": hardware(model.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -61,7 +63,8 @@ def heading(settings: Mapping[str, Any]) -> str:
         f"{settings['target']}, {settings['dtype']}, drafters {settings['drafter_dtype']}{scored}, "
         f"{f'temperature {temperature}' if temperature else 'greedy'}, "
         f"at most {settings['max_new_tokens']} tokens"
-        f"{f', after at least {context}' if (context := settings['context']) else ''}; "
+        f"{f', after at least {context}' if (context := settings['context']) else ''}"
+        f"{f', drafters seeing {window} slots' if (window := settings['context_window']) else ''}; "
         f"{settings['hardware']}, "
         f"{settings['threads']} threads; torch {settings['torch']}, transformers "
         f"{settings['transformers']}, taps-hf {settings['taps_hf']}"

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from taps_hf import Auto, Confidence, DynamicTree, EagleDrafter, Merged, Single, Strategy
+from taps_hf import Auto, Confidence, DynamicTree, Merged, Single, Strategy
+from taps_hf.drafters.base import Drafter
+from taps_hf.drafters.causal import CausalDrafter
 
 STRATEGIES = (
     "auto",
@@ -14,6 +16,7 @@ STRATEGIES = (
     "auto-learned",
     "lookup",
     "prompt-lookup",
+    "assistant-model",
     "single",
     "confidence",
     "confidence-per-prompt",
@@ -31,7 +34,8 @@ class Variant:
 
     Args:
         name: as it is shown.
-        strategy: how drafters are composed; None for transformers' own prompt lookup.
+        strategy: how drafters are composed; None for transformers' own prompt lookup and, with a
+            small model, its own assisted decoding.
         tree: of each drafter; None for the strategy's own.
         lookup: whether a lookup is added to the drafters.
         learned: whether drafters that were trained are used at all.
@@ -43,8 +47,11 @@ class Variant:
     lookup: bool = False
     learned: bool = True
 
-    def arguments(self, drafters: Mapping[str, EagleDrafter]) -> dict[str, Any]:
+    def arguments(self, drafters: Mapping[str, Drafter]) -> dict[str, Any]:
         """What `generate` gets."""
+        if self.name == "assistant-model":
+            (small,) = (x for x in drafters.values() if isinstance(x, CausalDrafter))
+            return {"assistant_model": small.model}
         if self.strategy is None:
             return {"prompt_lookup_num_tokens": PROMPT_LOOKUP}
         tree = {} if self.tree is None else {"tree": self.tree}
@@ -70,7 +77,8 @@ def variants(
         drafters: their names, in the order in which `generate` gets them.
         trees: (depth, top_k, num_nodes) of each drafter's tree.
         strategies: some of `STRATEGIES`. "auto-all" is auto with all drafters in every cycle,
-            "auto-learned" auto without lookups, "lookup" auto with nothing else. "merged" verifies
+            "auto-learned" auto without lookups, "lookup" auto with nothing else; "assistant-model"
+            is transformers' own decoding with the small model. "merged" verifies
             the union of all trees, up to num_nodes for each drafter; "merged-equal-budget" the
             num_nodes best of it, and "merged-with-lookup" those of a lookup's tree as well.
     """
@@ -85,6 +93,8 @@ def variants(
         found.append(Variant("lookup", Auto(), None, lookup=True, learned=False))
     if "prompt-lookup" in strategies:
         found.append(Variant("prompt-lookup", None, None))
+    if "assistant-model" in strategies:
+        found.append(Variant("assistant-model", None, None))
     for depth, top_k, num_nodes in trees:
         tree = DynamicTree(depth, top_k, num_nodes)
         ways: dict[str, Strategy] = {}
