@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import set_threads
 from ..drafters.averaging import average_drafters
 from ..drafters.base import Drafter
+from ..drafters.ensemble import layers_read
 from ..drafters.lookup import PromptLookup
 from ..files import check_begun, hold
 from ..loading import check_frozen_target, load_drafter, load_target
@@ -67,8 +68,10 @@ def evaluate(options: EvaluateOptions) -> None:
         check_settings(options, weights, str(target.device))
         store = RecordStore(records, _recorded_with(options, target, tokenizer))
         run = _Run(options, target, drafters, variants, weights)
+        layers = layers_read(drafters.values())
         for temperature in options.temperatures:
-            files = record(target, tokenizer, questions, options.record_options(temperature), store)
+            settled = options.record_options(temperature)
+            files = record(target, tokenizer, questions, settled, store, layers)
             answers = _Answers(files, store)
             run.replay(answers)
             if options.oracle:
