@@ -43,7 +43,7 @@ def load_ends(name: str, dtype: torch.dtype) -> PreTrainedModel:
     if name == EMBEDDED:
         return load_model(name, dtype, "cpu")
     with loading(f"The target {name}"):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, dtype=dtype)  # as early 5.x leaves it
         # On the meta device nothing is drawn, and no memory taken.
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(config, dtype=dtype)
