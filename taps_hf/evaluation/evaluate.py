@@ -75,9 +75,7 @@ def evaluate(options: EvaluateOptions) -> None:
             answers = _Answers(files, store)
             run.replay(answers)
             if options.oracle:
-                few = options.oracle_answers
-                names = options.benchmark_names
-                run.oracle(answers if few is None else answers.some(names, few), temperature)
+                run.oracle(answers, temperature)
             if options.live:
                 run.live(answers.some(options.benchmark_names, options.live), temperature)
         measured, lively = run.measured(run.replayed), run.measured(run.lively)
@@ -135,7 +133,9 @@ class _Run:
         self._replay(answers, _SIDE_BY_SIDE, "replay", self.drafters, self.variants, self.weights)
 
     def oracle(self, answers: _Answers, temperature: float) -> None:
-        """The ceiling along records at a temperature, one after the other: a cache for each."""
+        """The ceiling along some records at a temperature, one by one: each takes a cache."""
+        if self.options.oracle_answers is not None:
+            answers = answers.some(self.options.benchmark_names, self.options.oracle_answers)
         drafter = Oracle(temperature)
         weights = {ORACLE: drafter.digest()}
         variant = oracle_variant(ORACLE, DynamicTree(*self.options.tree))

@@ -1,11 +1,12 @@
 """How good could a drafter be? Trees grown by the target's own probabilities: the ceiling.
 
 What a drafter's path confidence estimates, the oracle's is: the probability that the target says
-these tokens. So of what EAGLE-2's growth can reach, its trees are those with the most tokens
-accepted to be expected; what even they miss is the text's own randomness.
+these tokens. A tree's accepted tokens to be expected are the sum of that over its nodes, so of the
+candidates that EAGLE-2's growth comes by the oracle keeps the best tree there is. What even it
+misses is the text's own randomness.
 
-It is for measuring only: a tree of d levels costs d passes of the target, of which decoding would
-have saved at most d.
+It is for measuring only: a tree of d levels costs d passes of the target, which is what decoding
+with it could save at most.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,34 +227,16 @@ def record(
                 said[question].append({"role": "user", "content": question.turns[turn]})
             missing = [question for question in asked if not paths[question].exists()]
             bar.update(len(asked) - len(missing))
-            # Prompts of like length together.
             prompts = {
                 q: tokenizer.apply_chat_template(
                     said[q], add_generation_prompt=True, return_dict=False
                 )
                 for q in missing
             }
-            missing.sort(key=lambda question: len(prompts[question]))
-            for first in range(0, len(missing), options.batch_size):
-                batch = missing[first : first + options.batch_size]
-                seeds = [seed_of(options.seed, q.benchmark, q.question_id, turn) for q in batch]
-                found = _answers(target, [prompts[q] for q in batch], options, seeds)
-                for question, (tokens, start, features) in zip(batch, found):
-                    entropies = _entropies(target, features[start - 1 :])
-                    kept = Record(
-                        question.benchmark,
-                        question.question_id,
-                        question.category,
-                        turn,
-                        options.temperature,
-                        tokens,
-                        start,
-                        start + options.max_new_tokens,
-                        features.to("cpu", options.feature_dtype),
-                        entropies,
-                    )
-                    store.save(paths[question], kept)
-                bar.update(len(batch))
+            for kept in _recorded(target, prompts, turn, options):
+                for question, one in kept.items():
+                    store.save(paths[question], one)
+                bar.update(len(kept))
             for question in asked:
                 store.complete(paths[question], target, layers)
                 kept = store.load(paths[question])
@@ -263,6 +245,36 @@ def record(
                 )
                 said[question].append({"role": "assistant", "content": answer})
     return sorted(files, key=lambda file: file.name)
+
+
+def _recorded(
+    target: PreTrainedModel,
+    prompts: Mapping[Question, list[int]],
+    turn: int,
+    options: RecordOptions,
+) -> Iterator[dict[Question, Record]]:
+    """Records of the answers to prompts of one turn, batch by batch."""
+    # Prompts of like length together.
+    questions = sorted(prompts, key=lambda question: len(prompts[question]))
+    for first in range(0, len(questions), options.batch_size):
+        batch = questions[first : first + options.batch_size]
+        seeds = [seed_of(options.seed, q.benchmark, q.question_id, turn) for q in batch]
+        found = _answers(target, [prompts[q] for q in batch], options, seeds)
+        yield {
+            question: Record(
+                question.benchmark,
+                question.question_id,
+                question.category,
+                turn,
+                options.temperature,
+                tokens,
+                start,
+                start + options.max_new_tokens,
+                features.to("cpu", options.feature_dtype),
+                _entropies(target, features[start - 1 :]),
+            )
+            for question, (tokens, start, features) in zip(batch, found)
+        }
 
 
 def seed_of(seed: int, benchmark: str, question_id: str, turn: int) -> int:
