@@ -22,8 +22,8 @@ from .checks import check_device, set_threads
 from .drafters.modeling_eagle3 import Eagle3Drafter
 from .drafters.modeling_feature import FeatureDrafter
 from .evaluation.forest import Spot
-from .evaluation.records import Record, RecordOptions, generate_seeded
-from .evaluation.replay import OneByOne, states_of
+from .evaluation.records import Record, RecordOptions, generate_seeded, states_of
+from .evaluation.replay import OneByOne
 from .loading import load_drafter, load_target
 from .target import LAST
 from .training.commands import add_target_arguments

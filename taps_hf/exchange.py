@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from .drafters.configuration_eagle import tokenizer_fingerprint
 from .drafters.modeling_feature import FeatureDrafter
 from .embedded import EMBEDDED_TARGET, load_embedded_tokenizer
+from .ends import load_ends
 from .files import ResultFolder, write_text
 from .formats.load import OURS, is_ours, read_drafter
 from .formats.writing import ENGINES, check_read_back, write, written_as
-from .loading import EMBEDDED, load_model
+from .loading import EMBEDDED
 from .validation import check_drafter
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -61,7 +62,8 @@ def convert(
     drafter, notes = read_drafter(
         source, target, pickles=True, layer_ids=layer_ids, norm_output=norm_output
     )
-    check_drafter(source, drafter.to(target.device), target)
+    drafter.to(target.get_input_embeddings().weight.device)
+    check_drafter(source, drafter, target)
     if drafter.config.tokenizer_fingerprint is None:
         drafter.config.tokenizer_fingerprint = fingerprint
     with result.writing() as folder:
@@ -174,7 +176,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    target = load_model(options.target, torch.bfloat16, "cpu")
+    target = load_ends(options.target, torch.bfloat16)
     norm_output = None if options.norm_output is None else options.norm_output == "true"
     fingerprint = None
     if options.target == EMBEDDED:
@@ -221,7 +223,7 @@ def _export(options: argparse.Namespace) -> None:
     name = options.target or drafter.config.target_name_or_path
     if name is None:
         raise ValueError("The drafter names no target, expected `--target`.")
-    target = load_model(EMBEDDED if name == EMBEDDED_TARGET else name, torch.float32, "cpu")
+    target = load_ends(EMBEDDED if name == EMBEDDED_TARGET else name, torch.float32)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     for note in export(drafter, options.out, target, options.to, dtype, options.drafter):
         print(f"Note: {note}.")

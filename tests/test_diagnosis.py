@@ -12,8 +12,7 @@ import torch
 from taps_hf import Eagle3Drafter, EagleDrafter, diagnosis
 from taps_hf.diagnosis import accepted, diagnose, report
 from taps_hf.drafters.modeling_feature import FeatureDrafter
-from taps_hf.evaluation.records import Record
-from taps_hf.evaluation.replay import states_of
+from taps_hf.evaluation.records import Record, states_of
 from taps_hf.target import LAST
 
 from .formats import foreign

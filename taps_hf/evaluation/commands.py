@@ -32,6 +32,15 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--average", nargs=2, metavar="NAME", help="two drafters to average")
     parser.add_argument("--lookup", action="store_true", help="measure lookups in the text as well")
+    parser.add_argument(
+        "--oracle",
+        action="store_true",
+        help="measure trees grown by the target's own probabilities as well: the ceiling. Costs a "
+        "pass of the target for each level of each tree",
+    )
+    parser.add_argument(
+        "--oracle-answers", type=int, metavar="N", help="of each benchmark (default: all)"
+    )
     parser.add_argument("--lambdas", nargs="+", type=float, help="weights of the first of them")
     parser.add_argument(
         "--benchmark", action="append", required=True, metavar="NAME[=FILE]", help="may be repeated"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import set_threads
 from ..drafters.averaging import average_drafters
 from ..drafters.base import Drafter
+from ..drafters.ensemble import layers_read
 from ..drafters.lookup import PromptLookup
 from ..files import check_begun, hold
 from ..loading import check_frozen_target, load_drafter, load_target
@@ -22,12 +23,13 @@ from . import figures, tables
 from .benchmarks import Question, read_benchmark
 from .live import run_live
 from .measurements import Measurements
-from .options import LOOKUP, EvaluateOptions
+from .options import LOOKUP, ORACLE, EvaluateOptions
+from .oracle import Oracle
 from .records import Record, RecordStore, record
 from .replay import replay
 from .report import other_results, write_report
 from .settings import check_settings, measured_with
-from .variants import Variant, standard_variants
+from .variants import Variant, oracle_variant, standard_variants
 
 _SIDE_BY_SIDE = 32  # answers that are replayed together
 
@@ -66,10 +68,14 @@ def evaluate(options: EvaluateOptions) -> None:
         check_settings(options, weights, str(target.device))
         store = RecordStore(records, _recorded_with(options, target, tokenizer))
         run = _Run(options, target, drafters, variants, weights)
+        layers = layers_read(drafters.values())
         for temperature in options.temperatures:
-            files = record(target, tokenizer, questions, options.record_options(temperature), store)
+            settled = options.record_options(temperature)
+            files = record(target, tokenizer, questions, settled, store, layers)
             answers = _Answers(files, store)
             run.replay(answers)
+            if options.oracle:
+                run.oracle(answers, temperature)
             if options.live:
                 run.live(answers.some(options.benchmark_names, options.live), temperature)
         measured, lively = run.measured(run.replayed), run.measured(run.lively)
@@ -116,6 +122,7 @@ class _Run:
         self.options, self.target, self.drafters = options, target, drafters
         self.variants, self.weights = variants, weights
         self.keys = {variant.key(weights) for variant in variants}
+        self.oracles: set[str] = set()  # keys of the oracle, at each temperature
         self.replayed = Measurements(options.out / "replay.jsonl")
         self.lively = Measurements(options.out / "live.jsonl")
         self.asked: set[str] = set()  # the files may hold more, of other questions
@@ -123,18 +130,38 @@ class _Run:
     def replay(self, answers: _Answers) -> None:
         """All variants along all records."""
         self.asked |= set(answers.keys)
-        with tqdm(total=len(answers), unit="answer", desc="replay") as progress:
-            for group in answers.groups(_SIDE_BY_SIDE):
-                known = {
-                    key
-                    for key in self.keys
-                    if all(self.replayed.get(kept.key, key) for kept in group)
-                }
-                pending = [v for v in self.variants if v.key(self.weights) not in known]
+        self._replay(answers, _SIDE_BY_SIDE, "replay", self.drafters, self.variants, self.weights)
+
+    def oracle(self, answers: _Answers, temperature: float) -> None:
+        """The ceiling along some records at a temperature, one by one: each takes a cache."""
+        if self.options.oracle_answers is not None:
+            answers = answers.some(self.options.benchmark_names, self.options.oracle_answers)
+        drafter = Oracle(temperature)
+        weights = {ORACLE: drafter.digest()}
+        variant = oracle_variant(ORACLE, DynamicTree(*self.options.tree))
+        self.oracles.add(variant.key(weights))
+        self._replay(answers, 1, "oracle", {ORACLE: drafter}, [variant], weights)
+
+    def _replay(
+        self,
+        answers: _Answers,
+        side_by_side: int,
+        said: str,
+        drafters: Mapping[str, Drafter],
+        variants: Sequence[Variant],
+        weights: Mapping[str, str],
+    ) -> None:
+        with tqdm(total=len(answers), unit="answer", desc=said) as progress:
+            for group in answers.groups(side_by_side):
+                pending = [
+                    variant
+                    for variant in variants
+                    if not all(self.replayed.get(kept.key, variant.key(weights)) for kept in group)
+                ]
                 if not pending:
                     progress.update(len(group))
                     continue
-                for rows in replay(group, self.target, self.drafters, pending, self.weights):
+                for rows in replay(group, self.target, drafters, pending, weights):
                     self.replayed.add(rows)
                     progress.update()
 
@@ -154,9 +181,11 @@ class _Run:
 
     def measured(self, measurements: Measurements) -> tables.Measured:
         """What was measured of this run's records and variants, now or earlier."""
-        rows = [r for r in measurements if r.record in self.asked and r.variant_key in self.keys]
+        keys = self.keys | self.oracles
+        rows = [r for r in measurements if r.record in self.asked and r.variant_key in keys]
         names, temperatures = self.options.benchmark_names, self.options.temperatures
-        return tables.Measured(rows, self.variants, names, temperatures)
+        top = oracle_variant(ORACLE, DynamicTree(*self.options.tree)) if self.oracles else None
+        return tables.Measured(rows, self.variants, names, temperatures, top)
 
 
 class _Answers:

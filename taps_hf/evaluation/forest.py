@@ -7,7 +7,7 @@ several times faster, since a level's rows share one pass over the drafter and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from ..drafters.heads import expand, kept_head
-from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_feature import FeatureDrafter
 from ..masks import additive
 from ..trees.growth import Expansion, assemble, on_host
 from ..trees.shapes import TreeShape
@@ -43,29 +43,33 @@ class Forest:
 
     Args:
         drafter: the drafter.
-        target: for its embedding and head.
+        target: for its embedding, and its head if the drafter has none.
         shape: of the trees.
         records: of the target.
+        states: of each record, by layer, those of all tokens but the last that the drafter reads.
     """
 
     def __init__(
         self,
-        drafter: EagleDrafter,
+        drafter: FeatureDrafter,
         target: PreTrainedModel,
         shape: TreeShape,
         records: Sequence[Record],
+        states: Sequence[Mapping[int, torch.Tensor]],
     ) -> None:
         self.drafter, self.shape, self.records = drafter, shape, list(records)
         self._embedding = target.get_input_embeddings()
         self._head = kept_head([drafter], target)
         slots, keys, values = [], [], []
-        for record in records:
+        for record, known in zip(records, states):
+            features = torch.cat([known[layer] for layer in drafter.reads_layers], dim=-1)
+            features = features[None].to(drafter.device, drafter.dtype)
             cache = DynamicCache(config=drafter.trunk.config)
             # Slot t reads token t + 1 and feature t; a tree with root r drafts from slot r - 1 on.
-            mask = drafter.config.window.band(0, len(record.features), drafter.device)
+            mask = drafter.config.window.band(0, features.shape[1], drafter.device)
             output = drafter(
                 inputs_embeds=self.embed(record.tokens[None, 1:]),
-                features=record.features[None].to(drafter.device, drafter.dtype),
+                features=drafter.fuse(features),
                 attention_mask=None if mask is None else additive(mask[None, None], drafter.dtype),
                 past_key_values=cache,
             )

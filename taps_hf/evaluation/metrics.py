@@ -140,7 +140,37 @@ def difference(
     Raises:
         ValueError: if the questions are not the same.
     """
-    ours, theirs = _by_question(rows), _by_question(against)
+    return _paired(lambda a, b: figure(a) - figure(b), rows, against, level, resamples)
+
+
+def share(
+    figure: Figure,
+    rows: Sequence[Cycles],
+    whole: Sequence[Cycles],
+    level: float = 0.95,
+    resamples: int = 1000,
+) -> Estimate:
+    """A variant's figure over another's, with its interval: paired, as [`difference`].
+
+    Args:
+        figure: of some rows.
+        rows, whole: of the two variants, on the same questions.
+        level, resamples: of the bootstrap.
+
+    Raises:
+        ValueError: if the questions are not the same.
+    """
+    return _paired(lambda a, b: _ratio(figure(a), figure(b)), rows, whole, level, resamples)
+
+
+def _paired(
+    compare: Callable[[Sequence[Cycles], Sequence[Cycles]], float],
+    rows: Sequence[Cycles],
+    others: Sequence[Cycles],
+    level: float,
+    resamples: int,
+) -> Estimate:
+    ours, theirs = _by_question(rows), _by_question(others)
     if ours.keys() != theirs.keys():
         raise ValueError(
             f"{len(ours.keys() ^ theirs.keys())} questions were answered by one of the variants "
@@ -148,8 +178,7 @@ def difference(
         )
 
     def of(keys: Sequence[str]) -> float:
-        first, second = ([row for key in keys for row in found[key]] for found in (ours, theirs))
-        return figure(first) - figure(second)
+        return compare(*([row for key in keys for row in found[key]] for found in (ours, theirs)))
 
     return _percentiles(of, sorted(ours), level, resamples)
 

@@ -15,12 +15,15 @@ from .records import RecordOptions
 
 LOOKUP = "lookup"
 """The name of the drafter that looks up, in what is measured."""
+ORACLE = "oracle"
+"""The name of the target as its own drafter, likewise."""
 _RANGES = {
     "lambdas": FINITE,
     "limit": COUNT,
     "temperatures": NOT_NEGATIVE,
     "max_new_tokens": COUNT,
     "live": NOT_NEGATIVE,
+    "oracle_answers": COUNT,
     "record_batch": COUNT,
     "threads": THREADS,
     "seed": SEED,
@@ -40,6 +43,9 @@ class EvaluateOptions:
         average: names of two drafters whose weights are averaged.
         lookup: whether a drafter that looks up is measured as well, alone and merged with those in
             `compose`.
+        oracle: whether trees grown by the target's own probabilities are measured as well: the
+            ceiling ([`oracle`]).
+        oracle_answers: of each benchmark, evenly spread, at every temperature; None for all.
         lambdas: weights of the first of them.
         limit: questions of each benchmark; None for all.
         temperatures: each is recorded and replayed apart.
@@ -64,6 +70,8 @@ class EvaluateOptions:
     compose: Sequence[str] = ()
     average: Sequence[str] = ()
     lookup: bool = False
+    oracle: bool = False
+    oracle_answers: int | None = None
     lambdas: Sequence[float] = (0.5,)
     limit: int | None = None
     temperatures: Sequence[float] = (0.0,)
@@ -89,10 +97,13 @@ class EvaluateOptions:
                 )
         if self.average and len(self.average) != 2:
             raise ValueError(f"`average` has {len(self.average)} names, expected two.")
-        if self.lookup and LOOKUP in self.drafters:
-            raise ValueError(
-                f"A drafter is named {LOOKUP!r} and `lookup` is asked for; expected other names."
-            )
+        for name in (LOOKUP, ORACLE):
+            if getattr(self, name) and name in self.drafters:
+                raise ValueError(
+                    f"A drafter is named {name!r} and `{name}` is asked for; expected other names."
+                )
+        if self.oracle_answers is not None and not self.oracle:
+            raise ValueError("`oracle_answers` is given without `oracle`, expected both.")
         if not self.drafters or not self.benchmarks or not self.temperatures:
             raise ValueError("Expected at least one drafter, one benchmark and one temperature.")
         names = self.benchmark_names

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ..cache import CACHE
 from ..checks import COUNT, NOT_NEGATIVE, SEED, check_numbers
 from ..files import check_begun, read_json, whole, write_json
-from ..target import LAST
+from ..target import LAST, TargetSession
 from ..training.features import features_of
 from ..training.regenerate import answer_batch, end_ids
 from .benchmarks import Question
+
+_INNER = "states."  # with a layer's index: what a file calls that layer's states
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Record:
         features: (n - 1, hidden): last hidden states of all tokens but the last.
         entropies: (n - answer_start,) float32, nats: of the target's distribution (at temperature
             1) that each answer token was chosen from.
+        states: as `features`, by layer, of those inner layers that drafters have read so far.
     """
 
     benchmark: str
@@ -53,6 +62,7 @@ class Record:
     max_length: int
     features: torch.Tensor
     entropies: torch.Tensor
+    states: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -125,6 +135,7 @@ class RecordStore:
             "tokens": record.tokens.int(),
             "features": record.features.contiguous(),
             "entropies": record.entropies,
+            **{f"{_INNER}{layer}": x.contiguous() for layer, x in record.states.items()},
         }
         names = ("benchmark", "question_id", "category", "turn", "temperature")
         rest = {name: getattr(record, name) for name in (*names, "answer_start", "max_length")}
@@ -136,7 +147,50 @@ class RecordStore:
         with safe_open(file, framework="pt") as opened:
             rest = json.loads(opened.metadata()["record"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return Record(**rest, **{**tensors, "tokens": tensors["tokens"].long()})
+        inner = [name for name in tensors if name.startswith(_INNER)]
+        states = {int(name.removeprefix(_INNER)): tensors.pop(name) for name in inner}
+        tensors["tokens"] = tensors["tokens"].long()
+        return Record(**rest, **tensors, states=states)
+
+    def complete(self, file: Path, target: PreTrainedModel, layers: Sequence[int]) -> bool:
+        """Write a record anew if it lacks states of some layers, with them; whether it did."""
+        with safe_open(file, framework="pt") as opened:
+            held = set(opened.keys())
+        missing = [layer for layer in layers if layer != LAST and f"{_INNER}{layer}" not in held]
+        if not missing:
+            return False
+        kept = self.load(file)
+        found = states_of(kept, target, missing)
+        found.pop(LAST, None)
+        self.save(file, replace(kept, states={**kept.states, **found}))
+        return True
+
+
+@torch.no_grad()
+def states_of(
+    record: Record, target: PreTrainedModel, layers: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """By layer the states of all tokens but the last, (n - 1, hidden): these layers' and the last.
+
+    What the record does not hold is computed, as the target computes a prompt: one pass. Of a text
+    of one token there are none.
+
+    Args:
+        record: a text.
+        target: whose states.
+        layers: indices of decoder layers, or [`target.LAST`].
+    """
+    known = dict(record.states)
+    if len(record.features):
+        known[LAST] = record.features
+    missing = [layer for layer in layers if layer not in known]
+    if missing and len(record.tokens) > 1:
+        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+        given = (record.tokens[None], GenerationConfig(), {CACHE: cache}, missing)
+        with TargetSession(target, *given) as session:
+            _, found = session.prefill()
+        known |= {layer: x.to("cpu", record.features.dtype) for layer, x in found.items()}
+    return {layer: known[layer] for layer in {LAST, *layers} if layer in known}
 
 
 def record(
@@ -145,8 +199,17 @@ def record(
     questions: Sequence[Question],
     options: RecordOptions,
     store: RecordStore,
+    layers: Sequence[int] = (),
 ) -> list[Path]:
     """Have the target answer the questions, turn by turn, and keep what the store lacks.
+
+    Args:
+        target, tokenizer: who answers.
+        questions: what is asked.
+        options: how the target answers.
+        store: of the records.
+        layers: whose states are kept beside the last ones, which always are; records that lack some
+            of them get them.
 
     Returns:
         the files of all records, question by question.
@@ -164,41 +227,54 @@ def record(
                 said[question].append({"role": "user", "content": question.turns[turn]})
             missing = [question for question in asked if not paths[question].exists()]
             bar.update(len(asked) - len(missing))
-            # Prompts of like length together.
             prompts = {
                 q: tokenizer.apply_chat_template(
                     said[q], add_generation_prompt=True, return_dict=False
                 )
                 for q in missing
             }
-            missing.sort(key=lambda question: len(prompts[question]))
-            for first in range(0, len(missing), options.batch_size):
-                batch = missing[first : first + options.batch_size]
-                seeds = [seed_of(options.seed, q.benchmark, q.question_id, turn) for q in batch]
-                found = _answers(target, [prompts[q] for q in batch], options, seeds)
-                for question, (tokens, start, features) in zip(batch, found):
-                    entropies = _entropies(target, features[start - 1 :])
-                    kept = Record(
-                        question.benchmark,
-                        question.question_id,
-                        question.category,
-                        turn,
-                        options.temperature,
-                        tokens,
-                        start,
-                        start + options.max_new_tokens,
-                        features.to("cpu", options.feature_dtype),
-                        entropies,
-                    )
-                    store.save(paths[question], kept)
-                bar.update(len(batch))
+            for kept in _recorded(target, prompts, turn, options):
+                for question, one in kept.items():
+                    store.save(paths[question], one)
+                bar.update(len(kept))
             for question in asked:
+                store.complete(paths[question], target, layers)
                 kept = store.load(paths[question])
                 answer = tokenizer.decode(
                     kept.tokens[kept.answer_start :], skip_special_tokens=True
                 )
                 said[question].append({"role": "assistant", "content": answer})
     return sorted(files, key=lambda file: file.name)
+
+
+def _recorded(
+    target: PreTrainedModel,
+    prompts: Mapping[Question, list[int]],
+    turn: int,
+    options: RecordOptions,
+) -> Iterator[dict[Question, Record]]:
+    """Records of the answers to prompts of one turn, batch by batch."""
+    # Prompts of like length together.
+    questions = sorted(prompts, key=lambda question: len(prompts[question]))
+    for first in range(0, len(questions), options.batch_size):
+        batch = questions[first : first + options.batch_size]
+        seeds = [seed_of(options.seed, q.benchmark, q.question_id, turn) for q in batch]
+        found = _answers(target, [prompts[q] for q in batch], options, seeds)
+        yield {
+            question: Record(
+                question.benchmark,
+                question.question_id,
+                question.category,
+                turn,
+                options.temperature,
+                tokens,
+                start,
+                start + options.max_new_tokens,
+                features.to("cpu", options.feature_dtype),
+                _entropies(target, features[start - 1 :]),
+            )
+            for question, (tokens, start, features) in zip(batch, found)
+        }
 
 
 def seed_of(seed: int, benchmark: str, question_id: str, turn: int) -> int:

@@ -14,47 +14,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..cache import CACHE
 from ..drafters.base import Drafter, DraftRequest
 from ..drafters.ensemble import Ensemble, free_among, layers_read
 from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..strategies import GenerationContext, Strategy
 from ..strategies.checks import check_asked, checked_choice
 from ..strategies.costs import LearntCosts
-from ..target import LAST, TargetSession
 from ..trace import trace_cycle
 from ..trees.shapes import TreeShape
 from ..trees.tree import DraftTree
 from ..verification import Walked
 from .forest import Forest, Spot
 from .measurements import CycleRecorder, Cycles
-from .records import Record
+from .records import Record, states_of
 from .variants import Variant
 
-
-def states_of(
-    record: Record, target: PreTrainedModel, layers: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """By layer the states of all tokens but the last, (n - 1, hidden).
-
-    Records hold the last ones, if anything has. Others are computed, as the target computes a
-    prompt: one pass.
-
-    Args:
-        record: a text.
-        target: whose states.
-        layers: indices of decoder layers, or [`target.LAST`].
-    """
-    if not set(layers) - {LAST}:
-        return {LAST: record.features}
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    given = (record.tokens[None], GenerationConfig(), {CACHE: cache}, layers)
-    with TargetSession(target, *given) as session:
-        _, found = session.prefill()
-    kept = {layer: x.to("cpu", record.features.dtype) for layer, x in found.items()}
-    return {**kept, LAST: record.features} if len(record.features) else kept
+_TOGETHER = (EagleDrafter, Eagle3Drafter)  # of these kinds themselves trees grow in one batch
 
 
 class _Reader:
@@ -264,8 +242,8 @@ def replay(
 
     Args:
         records: of the target.
-        target: for its embedding and head; it is run once over each record if drafters read other
-            layers' states than its last.
+        target: for its embedding and head; it is run once over each record that lacks states that
+            drafters read.
         drafters: by name.
         variants: what to replay, for deterministic trees (the walk).
         weights: a digest of each drafter, for the variants' keys.
@@ -301,9 +279,9 @@ def replay(
         grown: dict[int, dict[_Source, DraftTree]] = {i: {} for i in pending}
         for source, spots in wanted.items():
             if source not in growers:
-                given = drafters[source[0]], target, shapes[source[1]], records
-                batched = type(given[0]) is EagleDrafter
-                growers[source] = Forest(*given) if batched else OneByOne(*given, states)
+                drafter, shape = drafters[source[0]], shapes[source[1]]
+                grower = Forest if type(drafter) in _TOGETHER else OneByOne
+                growers[source] = grower(drafter, target, shape, records, states)
             for spot, tree in zip(spots, growers[source].grow(spots)):
                 grown[spot.record][source] = tree
         for i, walk in pending.items():

@@ -75,6 +75,7 @@ def _tables(
         if options.live:
             table = tables.acceptance_table(lively, temperature, live=True)
             made.append(tables.Table(f"live-{table.name}", table.caption, table.header, table.rows))
+        made.append(tables.share_table(measured, temperature))
         made.append(tables.difference_table(measured, temperature, list(options.drafters)))
         for build in (
             tables.routing_table,

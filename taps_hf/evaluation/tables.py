@@ -14,6 +14,10 @@ from .metrics import Estimate
 from .variants import Variant
 
 Cell = str | float | Estimate
+_OF_ORACLE = (
+    "the oracle: tau over that of trees of the same depth and budget, grown by the target's own "
+    "probabilities, on the answers that those were measured on"
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,20 @@ class Measured:
         variants: in the order of the tables.
         benchmarks: likewise.
         temperatures: likewise.
+        oracle: the variant that the others are held against, if there is one; of some of the
+            records only, perhaps.
     """
 
     rows: Sequence[Cycles]
     variants: Sequence[Variant]
     benchmarks: Sequence[str]
     temperatures: Sequence[float]
+    oracle: Variant | None = None
+
+    @property
+    def shown(self) -> list[Variant]:
+        """The variants and, last, the oracle."""
+        return [*self.variants, *([self.oracle] if self.oracle else [])]
 
     def of(self, variant: str, temperature: float, benchmark: str | None = None) -> list[Cycles]:
         """The rows of a variant, of one benchmark or all."""
@@ -115,6 +127,17 @@ class Measured:
         found = [self.of(variant, temperature, name) for name in self.benchmarks]
         return [figure(rows) if rows else float("nan") for rows in found]
 
+    def shares(self, variant: str, temperature: float) -> list[Cell]:
+        """Which share of the oracle's tau a variant has, of the same records, by benchmark."""
+        cells: list[Cell] = []
+        for name in self.benchmarks:
+            highest = self.of(self.oracle.name, temperature, name) if self.oracle else []
+            records = {row.record for row in highest}
+            rows = [r for r in self.of(variant, temperature, name) if r.record in records]
+            known = rows and highest
+            cells.append(metrics.share(metrics.tau, rows, highest) if known else float("nan"))
+        return cells
+
 
 def acceptance_table(measured: Measured, temperature: float, live: bool) -> Table:
     """The paper's Table 1: tau by variant and benchmark, with speed-ups where runs were live."""
@@ -126,19 +149,44 @@ def acceptance_table(measured: Measured, temperature: float, live: bool) -> Tabl
     if live:
         caption += "; speed-up: median over answers against plain generate in the same run"
         header += [f"speed-up {name}" for name in measured.benchmarks]
+    elif measured.oracle:
+        caption += f"; share of {_OF_ORACLE}, mean over benchmarks"
+        header.append("share of the oracle")
     table = Table(f"acceptance-t{temperature:g}", caption + ".", tuple(header))
-    for variant in measured.variants:
+    for variant in measured.variants if live else measured.shown:
         rows = measured.of(variant.name, temperature)
         if not rows:
             continue
         cells = measured.grid(
             variant.name, temperature, lambda r: metrics.bootstrap(metrics.tau, r)
         )
-        values = [cell.value for cell in cells if isinstance(cell, Estimate)]
-        line = [variant.name, *cells, sum(values) / len(values), metrics.nodes(rows)]
+        line = [variant.name, *cells, _mean_of(cells), metrics.nodes(rows)]
         if live:
             line += measured.grid(variant.name, temperature, metrics.speedup)
+        elif measured.oracle:
+            line.append(_mean_of(measured.shares(variant.name, temperature)))
         table.rows.append(tuple(line))
+    return table
+
+
+def _mean_of(cells: Sequence[Cell]) -> float:
+    """Of those that are known; NaN if none is."""
+    values = [cell.value for cell in cells if isinstance(cell, Estimate)]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def share_table(measured: Measured, temperature: float) -> Table:
+    """How much of what can be reached every variant reaches; no rows without an oracle."""
+    table = Table(
+        f"share-t{temperature:g}",
+        f"Share of {_OF_ORACLE} (95 % paired bootstrap interval over questions), temperature "
+        f"{temperature:g}.",
+        ("variant", *measured.benchmarks),
+    )
+    for variant in measured.variants:
+        cells = measured.shares(variant.name, temperature)
+        if any(isinstance(cell, Estimate) for cell in cells):
+            table.rows.append((variant.name, *cells))
     return table
 
 
@@ -208,7 +256,7 @@ def entropy_table(measured: Measured, temperature: float) -> Table:
             "target, rejected",
         ),
     )
-    for variant in measured.variants:
+    for variant in measured.shown:
         for name in measured.benchmarks:
             rows = measured.of(variant.name, temperature, name)
             if rows:
@@ -219,7 +267,7 @@ def entropy_table(measured: Measured, temperature: float) -> Table:
 def depth_table(measured: Measured, temperature: float) -> Table:
     """The paper's Tables 9 to 11: acceptance by depth."""
     found: dict[tuple[str, str], Mapping[int, float]] = {}
-    for variant in measured.variants:
+    for variant in measured.shown:
         for name in measured.benchmarks:
             rows = measured.of(variant.name, temperature, name)
             if rows:

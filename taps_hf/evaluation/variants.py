@@ -38,6 +38,11 @@ class Variant:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def oracle_variant(name: str, tree: TreeShape) -> Variant:
+    """That of the oracle ([`oracle.Oracle`]), with the tree that drafters have alone."""
+    return Variant(name, (name,), Single(0), tree)
+
+
 def standard_variants(
     alone: Sequence[str], composed: Sequence[str], tree: DynamicTree, lookup: str | None = None
 ) -> list[Variant]:

@@ -136,6 +136,43 @@ def test_what_is_added_does_not_pass_for_what_was_there(folder, tmp_path):
     assert found["sums"] != two["sums"]
 
 
+def test_shares_of_the_oracle(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "results"
+
+    def measured(*more) -> dict:
+        assert main(arguments(folder, out, "--temperature", "0", "1", *more)) == 0
+        return json.loads((out / "results.json").read_text())
+
+    without = measured("--compose", "math", "chat")
+    assert "share of the oracle" not in without["acceptance-t0"][0]
+    assert not without["share-t0"]
+    few = measured("--compose", "math", "chat", "--oracle", "--oracle-answers", "1", "--live", "1")
+    assert sum('"variant": "oracle"' in line for line in (out / "replay.jsonl").open()) == 4
+    assert "oracle" not in (out / "live.jsonl").read_text()
+    lines = (out / "replay.jsonl").read_bytes()
+    assert measured("--oracle", "--oracle-answers", "1")["acceptance-t0"][-1]["variant"] == "oracle"
+    assert (out / "replay.jsonl").read_bytes() == lines
+
+    every = measured("--compose", "math", "chat", "--oracle")
+    for results in (few, every):
+        for t in ("0", "1"):
+            rows = {row["variant"]: row for row in results[f"acceptance-t{t}"]}
+            assert rows["oracle"]["share of the oracle"] == pytest.approx(1)
+            shares = {row["variant"]: row for row in results[f"share-t{t}"]}
+            assert shares.keys() == rows.keys() - {"oracle"}
+            for name, row in shares.items():
+                mean = (row["sums"]["value"] + row["talk"]["value"]) / 2
+                assert rows[name]["share of the oracle"] == pytest.approx(mean)
+            assert "oracle" not in {row["variant"] for row in results[f"difference-t{t}"]}
+            assert "oracle" in {row["variant"] for row in results[f"depth-t{t}"]}
+    rows = {row["variant"]: row for row in every["acceptance-t0"]}
+    for name in ("sums", "talk"):  # ten tokens in cycles of four, four and two
+        assert rows["oracle"][name]["value"] == pytest.approx(10 / 3)
+        share = next(r for r in every["share-t0"] if r["variant"] == "math")[name]["value"]
+        assert share == pytest.approx(rows["math"][name]["value"] / (10 / 3))
+
+
 def test_bad_input_is_refused_and_named(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")  # what is missing is named first
 
@@ -156,6 +193,9 @@ def test_bad_input_is_refused_and_named(folder, tmp_path, capsys):
     refused("expected two different ones or more", "--compose", "math")
     refused("distinct names", "--benchmark", f"sums={folder / 'talk.jsonl'}")
     refused("`live` is -1", "--live", "-1")
+    refused("`oracle_answers` is given without `oracle`", "--oracle-answers", "3")
+    refused("`oracle_answers` is 0", "--oracle", "--oracle-answers", "0")
+    refused("named 'oracle'", "--oracle", "--drafter", f"oracle={folder / 'math'}")
     refused("`temperatures` is -1.0", "--temperature", "-1")
     refused("is no folder of results", "--others", str(tmp_path / "none"))
     refused("hidden", "--drafter", f"wide={wide}")

@@ -115,6 +115,21 @@ def test_differences_are_paired():
         metrics.difference(metrics.tau, better, [row for row in worse if "a/7/" not in row.record])
 
 
+def test_shares_are_paired():
+    """A variant that needs twice as many passes on every question: half, without any doubt."""
+    rng = random.Random(3)
+    whole, half = [], []
+    for question in range(30):
+        accepted = [2 * rng.randrange(6) + 1] * 10
+        record = f"a/{question}/0/t0"
+        whole.append(cycles(accepted, record=record))
+        half.append(cycles([(n + 1) // 2 - 1 for n in accepted for _ in range(2)], record=record))
+    found = metrics.share(metrics.tau, half, whole)
+    assert [found.value, found.low, found.high] == pytest.approx([0.5] * 3)
+    with pytest.raises(ValueError, match="1 questions were answered by one of the variants only"):
+        metrics.share(metrics.tau, half[1:], whole)
+
+
 def test_measurements_survive_a_torn_line(tmp_path):
     file = tmp_path / "m.jsonl"
     kept = Measurements(file)

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from taps_hf.evaluation.benchmarks import Question
-from taps_hf.evaluation.records import RecordOptions, RecordStore, generate_seeded, record, seed_of
+from taps_hf.evaluation.records import (
+    RecordOptions,
+    RecordStore,
+    generate_seeded,
+    record,
+    seed_of,
+    states_of,
+)
+from taps_hf.target import LAST
 from taps_hf.training.features import features_of
 
 from ..tiny import tiny_target
@@ -100,3 +110,59 @@ def test_features_can_be_kept_in_half_the_room(tmp_path):
 def test_bad_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
         RecordOptions(**wrong)
+
+
+def test_layers_that_drafters_read_are_kept_and_computed_once(tmp_path, monkeypatch):
+    target, options = tiny_target(), RecordOptions(max_new_tokens=5)
+    store = RecordStore(tmp_path, {})
+    files = record(target, tokenizer(), QUESTIONS, options, store)  # as earlier versions wrote them
+    before = [store.load(file) for file in files]
+    assert all(not kept.states for kept in before)
+    passes = []
+
+    def counted(kept, target, layers):
+        passes.append(tuple(layers))
+        return states_of(kept, target, layers)
+
+    monkeypatch.setattr("taps_hf.evaluation.records.states_of", counted)
+    for layers in [(0, -1), (0, 1), (1, 0, -1)]:
+        assert record(target, tokenizer(), QUESTIONS, options, store, layers) == files
+    assert passes == [(0,)] * len(files) + [(1,)] * len(files)
+    assert {file.name for file in tmp_path.iterdir()} == {*(f.name for f in files), "settings.json"}
+    for old, kept in zip(before, map(store.load, files)):
+        assert kept.key == old.key
+        assert torch.equal(kept.features, old.features)
+        assert torch.equal(kept.entropies, old.entropies)
+        expected = features_of(target, kept.tokens[None, :-1], layers=(0, 1))[0]
+        found = torch.cat([kept.states[0], kept.states[1]], dim=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_states_that_are_kept_are_not_computed(tmp_path):
+    target, options = tiny_target(), RecordOptions(max_new_tokens=5)
+    store = RecordStore(tmp_path, {})
+    (file,) = record(target, tokenizer(), QUESTIONS[1:2], options, store, (1,))
+    kept = store.load(file)
+    marked = replace(kept, states={1: torch.full_like(kept.states[1], 7.0)})
+    assert states_of(marked, None, (LAST, 1)).keys() == {LAST, 1}
+    assert states_of(marked, None, (1,))[1].eq(7).all()
+    found = states_of(marked, target, (0, 1))
+    assert found.keys() == {LAST, 0, 1}
+    assert found[1].eq(7).all()
+    assert found[0].shape == kept.features.shape
+
+
+def test_a_torn_completion_leaves_the_record_as_it_was(tmp_path, monkeypatch):
+    target, options = tiny_target(), RecordOptions(max_new_tokens=5)
+    store = RecordStore(tmp_path, {})
+    (file,) = record(target, tokenizer(), QUESTIONS[1:2], options, store)
+    before = file.read_bytes()
+
+    def torn(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("taps_hf.evaluation.records.save_file", torn)
+    with pytest.raises(KeyboardInterrupt):
+        store.complete(file, target, (0,))
+    assert file.read_bytes() == before

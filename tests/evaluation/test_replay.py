@@ -23,13 +23,12 @@ from taps_hf import (
 from taps_hf.evaluation.benchmarks import Question
 from taps_hf.evaluation.forest import Forest, Spot
 from taps_hf.evaluation.live import run_live
-from taps_hf.evaluation.records import RecordOptions, RecordStore, record
+from taps_hf.evaluation.records import RecordOptions, RecordStore, record, states_of
 from taps_hf.evaluation.replay import OneByOne, replay
 from taps_hf.evaluation.variants import Variant, standard_variants
-from taps_hf.target import LAST
 
 from ..phrases import Phrases
-from ..tiny import FAMILIES, VOCAB, tiny_drafters, tiny_eagle3, tiny_target
+from ..tiny import DIALECTS, FAMILIES, VOCAB, tiny_drafters, tiny_eagle3, tiny_target
 from ..training.chat import CHATML, chat_tokenizer
 
 QUESTIONS = [
@@ -189,9 +188,41 @@ def test_drafters_that_read_more_than_records_hold(tmp_path, family):
 def test_trees_grown_together_are_those_grown_alone(tmp_path, family, draft_vocab):
     target, _, records = make(tmp_path, 0.0, family)
     drafter = tiny_drafters(1, family, draft_vocab=draft_vocab)[0]
+    compare_growers(drafter, target, records)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_so_are_those_of_eagle3_in_all_dialects(tmp_path, family, dialect):
+    target, _, records = make(tmp_path, 0.0, family)
+    drafter = tiny_eagle3(1, family, dialect)[0]
+    compare_growers(drafter, target, records)
+    near = copy.deepcopy(drafter)
+    near.config.context_window = 5
+    compare_growers(near, target, records)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_eagle3_replayed_together_has_the_cycles_of_one_by_one(tmp_path, monkeypatch, temperature):
+    target, _, records = make(tmp_path, temperature)
+    drafters = dict(zip(NAMES, (*tiny_eagle3(2), *tiny_drafters(1))))
+    variants = standard_variants(NAMES, NAMES, DynamicTree(depth=4, top_k=3, num_nodes=10))
+    given = (records, target, drafters, variants, WEIGHTS)
+    together = {rows[0].record: rows for rows in replay(*given)}
+    monkeypatch.setattr("taps_hf.evaluation.replay._TOGETHER", ())
+    for expected in replay(*given):
+        for found, alone in zip(together.pop(expected[0].record), expected):
+            for name in COMPARED:
+                assert getattr(found, name) == getattr(alone, name), (name, found, alone)
+    assert not together
+
+
+def compare_growers(drafter, target, records) -> None:
+    """Trees at every position of the answers, from the two growers."""
     shape = DynamicTree(depth=4, top_k=3, num_nodes=8)
-    forest = Forest(drafter, target, shape, records)
-    states = [{LAST: kept.features} for kept in records]
+    states = [states_of(kept, target, drafter.reads_layers) for kept in records]
+    with torch.no_grad():
+        forest = Forest(drafter, target, shape, records, states)
     alone = OneByOne(drafter, target, shape, records, states)
     spots = [
         Spot(number, root, min(5, len(kept.tokens) - root))
