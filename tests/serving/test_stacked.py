@@ -11,7 +11,7 @@ from taps_hf.serving.stacked import Part, StackedTrunks, TrunkShape
 
 from ..tiny import tiny_target
 
-LENGTH = 5
+LENGTH, WHOLE = 5, Part()
 
 
 def drafters(family: str, **settings: object) -> list[EagleDrafter]:
@@ -24,7 +24,7 @@ def drafters(family: str, **settings: object) -> list[EagleDrafter]:
     return found
 
 
-def stacked(of: list[EagleDrafter], part: Part = Part()) -> StackedTrunks:
+def stacked(of: list[EagleDrafter], part: Part = WHOLE) -> StackedTrunks:
     layer, config = of[0].trunk.config, of[0].config
     shape = TrunkShape(
         hidden=config.hidden_size,
@@ -106,7 +106,7 @@ def test_parts_sum_to_the_whole(size):
         for part in parts:
             calls = iter(range(2))
 
-            def summed(x: torch.Tensor, calls=calls, seen=seen) -> torch.Tensor:
+            def summed(x: torch.Tensor, calls=calls, seen=seen, stage=stage) -> torch.Tensor:
                 call = next(calls)
                 if call == stage:
                     seen.append(x)
