@@ -1,6 +1,6 @@
-"""Times running servers under several numbers of clients, with the same mixed traffic, in turn.
+r"""Times running servers under several numbers of clients, with the same mixed traffic, in turn.
 
-    python benchmarks/serve.py --servers plain=http://localhost:8000 ours=http://localhost:8001 \\
+    python benchmarks/serve.py --servers plain=http://localhost:8000 ours=http://localhost:8001 \
         --prompts gsm8k.jsonl:16 mt_bench.jsonl:16 --clients 1 2 4 8 16 --out serve.json
 
 Servers are vLLM's, or others with its OpenAI-compatible API and metrics. What is measured, and how:

@@ -18,19 +18,20 @@ class _Handler(BaseHTTPRequestHandler):
     asked = 0
     lock = threading.Lock()
 
-    def do_GET(self) -> None:  # noqa: N802 (the base class' name)
+    def do_GET(self) -> None:
         if self.path == "/v1/models":
             self._say(json.dumps({"data": [{"id": "model"}]}))
             return
         asked = type(self).asked
         self._say(
-            f'# HELP something\nvllm:spec_decode_num_drafts_total{{engine="0"}} {DRAFTS * asked}.0\n'
+            "# HELP something\n"
+            f'vllm:spec_decode_num_drafts_total{{engine="0"}} {DRAFTS * asked}.0\n'
             f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {2 * DRAFTS * asked}.0\n'
             f'taps_hf:drafted_tokens_total{{engine="0",drafter="math"}} {3 * asked}.0\n'
             f'taps_hf:drafted_tokens_total{{engine="1",drafter="chat"}} {9 * asked}.0\n'
         )
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if "refuse" in asked["messages"][0]["content"]:
             self.send_error(400, "too long")
