@@ -49,7 +49,7 @@ def test_what_lies_in_the_folder(tmp_path):
         for name, x in state.items():
             assert torch.equal(tensors[f"drafters.{k}.{name.removeprefix('trunk.')}"], x)
     assert "math, chat" in (tmp_path / "out" / "README.md").read_text()
-    broken = {**tensors, "drafters.1.fc.weight": tensors["drafters.0.fc.weight"]}
+    broken = {**tensors, "drafters.1.fc.weight": tensors["drafters.0.fc.weight"].clone()}
     save_file(broken, tmp_path / "out" / "model.safetensors")
     with pytest.raises(RuntimeError, match=r"reads back otherwise: \['drafters\.1\.fc\.weight'\]"):
         check_composed(tmp_path / "out", drafters)
