@@ -90,7 +90,9 @@ class ComposedProposer(EagleProposer):
         self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
         if self.model.composition.routing == "request":
             slots, new = self._slots.of(requests)
-            self.model.follow(*(torch.tensor(x, device=self.device) for x in (slots, new)))
+            self.model.follow(
+                *(torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, new))
+            )
         return super().propose(*args, **kwargs)
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:

@@ -96,7 +96,7 @@ def results(tmp_path_factory, target, prompts, drafters) -> dict[str, dict[str, 
             **every,
             "prompts": prompts[:FEW],
             "temperature": 0.7,
-            "speculative": {**both, "draft_sample_method": "probabilistic"},
+            "speculative": both,
         },
         "other target": {
             **few,
