@@ -26,7 +26,9 @@ from _common import argument_parser, load_drafters, load_target, prompts
 from taps_hf.exchange import export_composed
 
 LENGTH, PATIENCE = 4, 600
-_DRAFTED = re.compile(r'^taps_hf:(drafted|accepted)_tokens_total\{.*drafter="(\w+)"\} (\S+)$', re.M)
+_DRAFTED = re.compile(
+    r'^taps_hf:(drafted|accepted)_tokens_total\{.*drafter="(\w+)".*\} (\S+)$', re.M
+)
 
 
 @contextmanager
