@@ -9,8 +9,8 @@ JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 CHECKED := taps_hf tests examples benchmarks metrics app.py
 
-.PHONY: install quickstart demo test test-fast test-oldest test-peers test-vllm fuzz quality style \
-    clean
+.PHONY: install quickstart demo test test-fast test-oldest test-peers test-vllm test-serve \
+    serve-demo fuzz quality style clean
 
 # torch first and by itself, so that no other package chooses another build of it.
 $(VENV)/.installed: pyproject.toml
@@ -74,6 +74,13 @@ $(VENV)-vllm/.installed: pyproject.toml
 
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest tests/peers/test_vllm.py
+
+# The plugin with which vLLM serves several drafters.
+test-serve: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/serving
+
+serve-demo: $(VENV)-vllm/.installed
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(VENV)-vllm/bin/python examples/serving.py
 
 # Random tests (tests/fuzz): all kinds for so long, or FUZZ_KIND=parity; FUZZ_SEED=17 repeats one case.
 FUZZ_SECONDS ?= 600

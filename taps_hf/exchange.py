@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .checks import COUNT, named_paths
 from .drafters.configuration_eagle import tokenizer_fingerprint
 from .drafters.modeling_feature import FeatureDrafter
 from .embedded import EMBEDDED_TARGET, load_embedded_tokenizer
 from .ends import load_ends
 from .files import ResultFolder, write_text
+from .formats.composed import Routing, check_composed, compose
 from .formats.load import OURS, is_ours, read_drafter
 from .formats.writing import ENGINES, check_read_back, write, written_as
-from .loading import EMBEDDED
+from .loading import EMBEDDED, load_drafter
 from .validation import check_drafter
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -107,6 +111,43 @@ def export(
     return written.notes
 
 
+def export_composed(
+    drafters: Mapping[str, FeatureDrafter],
+    out: Path,
+    target: PreTrainedModel,
+    routing: Routing = "token",
+    dtype: torch.dtype | None = None,
+    sources: Mapping[str, str | Path] | None = None,
+) -> list[str]:
+    """Write several drafters as one folder, which vLLM serves with our plugin: docs/serving.md.
+
+    Args:
+        drafters: by name; with one alone the folder serves that one, with its draft vocabulary
+            and biases, for which vLLM's own EAGLE drafters have no place.
+        out: folder to write.
+        target: that they are for.
+        routing: see [`formats.composed.Composition`].
+        dtype: of the weights, by default the first drafter's.
+        sources: where drafters lie, so that they are not written over.
+
+    Returns:
+        notes for the user.
+
+    Raises:
+        ValueError: if they do not fit the target or each other, saying which, and why.
+    """
+    used = [path for path in (sources or {}).values() if Path(path).exists()]
+    result = ResultFolder(out, "export", {"compose": used})
+    for name, drafter in drafters.items():
+        check_drafter(name, drafter, target)
+    written = compose(drafters, target, routing, dtype)
+    with result.writing() as folder:
+        write(written, folder)
+        check_composed(folder, drafters)
+        write_text(folder / "README.md", _served_composed(drafters, target, written.notes))
+    return written.notes
+
+
 def _card(drafter: FeatureDrafter, source: str, notes: list[str]) -> ModelCard:
     config = drafter.config
     name, target = Path(source).name, config.target_name_or_path or "a target without a name"
@@ -148,6 +189,17 @@ def _served(drafter: FeatureDrafter, to: str, notes: list[str]) -> str:
     )
     said = "".join(f"- {note}\n" for note in notes)
     return f"# A drafter for {to}\n\nWritten by `taps-hf export`.\n\n    {command}\n\n{said}"
+
+
+def _served_composed(
+    drafters: Mapping[str, FeatureDrafter], target: PreTrainedModel, notes: list[str]
+) -> str:
+    command = _SERVED["vllm"].format(target=target.config.name_or_path or "TARGET", method="eagle")
+    said = "".join(f"- {note}\n" for note in notes)
+    return (
+        f"# Drafters for vLLM: {', '.join(drafters)}\n\nWritten by `taps-hf export --compose`; "
+        f'needs the plugin (`pip install "taps-hf[vllm]"`).\n\n    {command}\n\n{said}'
+    )
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:
@@ -205,26 +257,96 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         help="write a drafter as the papers' code, SGLang or vLLM read it",
         description="What the engine cannot serve is refused, and what was written is read back.",
     )
-    parser.add_argument("drafter", metavar="DRAFTER", help="folder or Hub name, in our format")
+    parser.add_argument(
+        "drafter", metavar="DRAFTER", nargs="?", help="folder or Hub name, in our format"
+    )
     parser.add_argument("--to", required=True, choices=list(ENGINES))
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--target", help="folder, Hub name, or embedded (default: what the drafter was trained for)"
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: the drafter's)")
+    parser.add_argument(
+        "--compose",
+        nargs="+",
+        metavar="NAME=DRAFTER",
+        help="instead of DRAFTER: several in one folder, for vLLM with our plugin",
+    )
+    parser.add_argument(
+        "--routing",
+        choices=get_args(Routing),
+        help="with --compose: whose tokens are proposed, the surest drafter's for each token "
+        "(default), or in each request",
+    )
+    parser.add_argument(
+        "--draft-vocab",
+        type=int,
+        metavar="N",
+        help="with --compose: each drafter scores the first N of its tokens only",
+    )
     parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> None:
+    if (options.drafter is None) == (options.compose is None):
+        raise ValueError(
+            f"`drafter` is {options.drafter!r} and `compose` {options.compose}, expected one of "
+            "the two: DRAFTER, or --compose NAME=DRAFTER ..."
+        )
+    if options.compose is not None:
+        _export_composed(options)
+        return
+    for argument in ("routing", "draft_vocab"):
+        if (value := getattr(options, argument)) is not None:
+            raise ValueError(f"`{argument}` is {value!r}, which is for `--compose`.")
     kind = is_ours(options.drafter)
     if kind is None:
         raise ValueError(f"{options.drafter} is not in our format, expected what `convert` writes.")
     drafter = OURS[kind].from_pretrained(options.drafter, dtype="auto").eval()
-    name = options.target or drafter.config.target_name_or_path
-    if name is None:
-        raise ValueError("The drafter names no target, expected `--target`.")
-    target = load_ends(EMBEDDED if name == EMBEDDED_TARGET else name, torch.float32)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    for note in export(drafter, options.out, target, options.to, dtype, options.drafter):
+    target = _target_of(options.target, drafter)
+    for note in export(drafter, options.out, target, options.to, _dtype(options), options.drafter):
         print(f"Note: {note}.")
     print(f"Wrote {options.out} for {options.to}; read back, it scores the same")
+
+
+def _export_composed(options: argparse.Namespace) -> None:
+    if options.to != "vllm":
+        raise ValueError(f"`to` is {options.to!r}, expected vllm: no other engine composes.")
+    if options.draft_vocab is not None and options.draft_vocab not in COUNT:
+        raise ValueError(f"`draft_vocab` is {options.draft_vocab}, expected {COUNT}.")
+    paths = named_paths(options.compose, "compose")
+    for path in paths.values():
+        if is_ours(path) is None:
+            raise ValueError(f"{path} is not in our format, expected what `convert` writes.")
+    if options.target is None:
+        raise ValueError("`target` is missing, expected the one that the drafters are for.")
+    target = load_ends(options.target, torch.float32)
+    drafters = {name: load_drafter(path, target, name=name) for name, path in paths.items()}
+    for name, drafter in drafters.items():
+        if options.draft_vocab is not None:
+            _cut(name, drafter, options.draft_vocab)
+    routing = options.routing or "token"
+    for note in export_composed(drafters, options.out, target, routing, _dtype(options), paths):
+        print(f"Note: {note}.")
+    print(f"Wrote {options.out} for vLLM: {', '.join(drafters)}, routed by {routing}")
+
+
+def _cut(name: str, drafter: FeatureDrafter, scored: int) -> None:
+    """Leave a drafter the first so many of the tokens that it scores, if it can."""
+    if drafter.has_own_head:
+        raise ValueError(
+            f"`draft_vocab` is {scored}, but drafter {name!r} ({type(drafter).__name__}) has a "
+            "head of its own; expected drafters that use the target's."
+        )
+    drafter.score_only(scored)
+
+
+def _target_of(name: str | None, drafter: FeatureDrafter) -> PreTrainedModel:
+    name = name or drafter.config.target_name_or_path
+    if name is None:
+        raise ValueError("The drafter names no target, expected `--target`.")
+    return load_ends(EMBEDDED if name == EMBEDDED_TARGET else name, torch.float32)
+
+
+def _dtype(options: argparse.Namespace) -> torch.dtype | None:
+    return None if options.dtype is None else getattr(torch, options.dtype)

@@ -90,3 +90,48 @@ def test_what_is_refused_writes_nothing(tmp_path, target, capsys, given, message
     assert main([paths.get(word, word) for word in given]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_export_composed(tmp_path, target, capsys):
+    model = foreign.target()
+    for seed, name in enumerate(("math", "chat")):
+        torch.manual_seed(seed)
+        EagleDrafter.from_target(model, 6, fc_bias=True).save_pretrained(tmp_path / name)
+    given = ["export", "--to", "vllm", "--target", target, "--out", str(tmp_path / "out")]
+    pairs = [f"{name}={tmp_path / name}" for name in ("math", "chat")]
+    assert main([*given, "--compose", *pairs, "--draft-vocab", "4"]) == 0
+    assert "for vLLM: math, chat, routed by token" in capsys.readouterr().out
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["drafters.1.draft_token_ids"].tolist() == [0, 1, 2, 3]
+    assert main([*given, "--compose", *pairs, "--routing", "request"]) == 0  # replaces its own
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--to", "sglang", "--compose", "a=OURS"], "no other engine composes"),
+        (["--to", "vllm"], "expected one of the two: DRAFTER, or --compose"),
+        (["OURS", "--to", "vllm", "--compose", "a=OURS"], "expected one of the two"),
+        (["OURS", "--to", "vllm", "--routing", "token"], "`routing` is 'token', which is for `--c"),
+        (["--to", "vllm", "--compose", "a=OURS", "a=HEAD"], "expected NAME=PATH with distinct"),
+        (["--to", "vllm", "--compose", "a=HEAD"], "is not in our format"),
+        (["--to", "vllm", "--compose", "a=OURS", "b=OURS"], "have the same weights"),
+        (["--to", "vllm", "--compose", "a=OURS", "b=NEW3"], "of the kind Eagle3Drafter"),
+        (
+            ["--to", "vllm", "--compose", "b=NEW3", "--draft-vocab", "2"],
+            "has a head of its own",
+        ),
+        (["--to", "vllm", "--compose", "a=OURS", "--draft-vocab", "0"], "expected at least 1"),
+    ],
+)
+def test_what_composing_refuses_writes_nothing(tmp_path, target, capsys, given, message):
+    model = foreign.target()
+    foreign.write(tmp_path / "head", foreign.eagle(), EAGLE_CONFIG)
+    EagleDrafter.from_target(model).save_pretrained(tmp_path / "ours")
+    Eagle3Drafter.from_target(model, 4).save_pretrained(tmp_path / "new3")
+    for name in ("head", "ours", "new3"):
+        given = [word.replace(name.upper(), str(tmp_path / name)) for word in given]
+    out = str(tmp_path / "out")
+    assert main(["export", *given, "--target", target, "--out", out]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

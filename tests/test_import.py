@@ -8,7 +8,7 @@ import taps_hf
 PROGRAM = """
 import sys
 import taps_hf
-heavy = {"datasets", "evaluate", "gguf", "gradio"} & set(sys.modules)
+heavy = {"datasets", "evaluate", "gguf", "gradio", "prometheus_client", "vllm"} & set(sys.modules)
 assert taps_hf.is_enabled()
 print(sorted(heavy))
 """

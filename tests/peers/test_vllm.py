@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +12,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from taps_hf import ChainTree, Eagle3Drafter, EagleDrafter
+from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export
 
+from ..serving.served import assert_as_ours, chain, drafted_by, serve
 from ..test_real import CARDS, QUESTIONS, encode
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-vllm` installs vllm"
 )
-ENGINE = Path(__file__).with_name("engine.py")
-LENGTH, NEW_TOKENS = 4, 96
 ASKED = [
     *QUESTIONS.values(),
     "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",
@@ -43,85 +38,6 @@ SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "speculators": ("speculators", "eagle3", {"norm_before_residual": True, "norm_output": True}),
     "speculators-qwen3": ("speculators", "eagle3", {"family": "qwen3"}),
 }
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def serve(tmp_path: Path, jobs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """What vLLM answers to each job, and what it counted: see engine.py."""
-    jobs_file, result = tmp_path / "jobs.json", tmp_path / "result.json"
-    jobs_file.write_text(json.dumps([{"new_tokens": NEW_TOKENS, **job} for job in jobs]))
-    done = subprocess.run(
-        [sys.executable, str(ENGINE), str(jobs_file), str(result)],
-        env={**os.environ, **SETTINGS},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    return json.loads(result.read_text())
-
-
-def drafted_by(folder: Path, method: str) -> dict[str, Any]:
-    return {"method": method, "model": str(folder), "num_speculative_tokens": LENGTH}
-
-
-def chain(
-    target: PreTrainedModel,
-    drafter: FeatureDrafter,
-    prompts: list[list[int]],
-    new_tokens: int = NEW_TOKENS,
-) -> list[dict[str, Any]]:
-    """The same of our own decoding, drafting chains of the same length."""
-    answers = []
-    for prompt in prompts:
-        out = target.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            assistant_models=[drafter],
-            strategy="single",
-            tree=ChainTree(LENGTH),
-            return_dict_in_generate=True,
-        )
-        cycles = out.draft_trace.cycles
-        answers.append(
-            {
-                "tokens": out.sequences[0, len(prompt) :].tolist(),
-                "drafts": len(cycles),
-                "accepted": sum(cycle.accepted_length for cycle in cycles),
-            }
-        )
-    return answers
-
-
-def assert_as_ours(
-    served: list[dict[str, Any]],
-    plain: list[dict[str, Any]],
-    ours: list[dict[str, Any]],
-    name: str,
-) -> None:
-    """Texts are plain vLLM's and plain `generate`'s; so many drafts, so much of them accepted.
-
-    Per prompt, which is far tighter than in sum: one pass more or less for who drafts in the first,
-    the rest of the last draft for who counts beyond the end, and one tie rounded the other way.
-    """
-    for number, (there, alone, here) in enumerate(zip(served, plain, ours, strict=True)):
-        case = f"{name}, prompt {number}: {_counted(there)} there, {_counted(here)} here"
-        print(case)
-        assert there["tokens"] == alone["tokens"] == here["tokens"], case
-        assert there["drafted"] == LENGTH * there["drafts"], case
-        assert abs(there["drafts"] - here["drafts"]) <= 2, case
-        assert abs(there["accepted"] - here["accepted"]) <= LENGTH + 1, case
-
-
-def _counted(answer: dict[str, Any]) -> str:
-    return f"{answer['accepted']} tokens of {answer['drafts']} drafts accepted"
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +89,11 @@ def test_the_maths_drafter_of_the_zoo(tmp_path, target, prompts):
     export_folded(drafter, tmp_path / "drafter", target)
     job = {"model": target.config.name_or_path, "prompts": prompts}
     speculative = drafted_by(tmp_path / "drafter", "eagle")
-    plain, served = serve(
-        tmp_path, [{**job, "speculative": None}, {**job, "speculative": speculative}]
+    plain, served = (
+        result["answers"]
+        for result in serve(
+            tmp_path, [{**job, "speculative": None}, {**job, "speculative": speculative}]
+        )
     )
     assert sum(answer["accepted"] for answer in served) > 100
     assert_as_ours(served, plain, chain(target, drafter, prompts), "zoo")
@@ -251,7 +170,7 @@ def test_drafters_of_each_kind(tmp_path, small_target):
         drafters[name] = taught_drafter(small_target, prompts, kind, **settings)
         export(drafters[name], tmp_path / name, small_target, to)
         jobs.append({**job, "speculative": drafted_by(tmp_path / name, kind)})
-    plain, *served = serve(tmp_path, jobs)
+    plain, *served = (result["answers"] for result in serve(tmp_path, jobs))
     for (name, drafter), answers in zip(drafters.items(), served):
         here = chain(small_target, drafter, prompts.tolist(), SMALL_ANSWER)
         assert sum(answer["accepted"] for answer in here) > 50, name

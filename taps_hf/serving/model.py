@@ -1,0 +1,278 @@
+"""The draft model that vLLM builds of a composed folder.
+
+Its hidden states are those of the K drafters side by side, (n, K * hidden). Each drafter has an
+attention layer of vLLM's with an index of its own, behind those of the target, and so a key-value
+cache of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..formats.composed import Composition
+from ..formats.reading import EXTRA
+from .routing import Best, Evidence, best_tokens, chosen, surest
+from .stacked import Part, StackedTrunks, TrunkShape
+from .versions import check_version
+
+check_version()  # before anything that another version may have moved
+
+from vllm.compilation.decorators import support_torch_compile  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402
+from vllm.distributed import (  # noqa: E402
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention  # noqa: E402
+from vllm.model_executor.layers.logits_processor import LogitsProcessor  # noqa: E402
+from vllm.model_executor.layers.rotary_embedding import get_rope  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+_NAME = re.compile(r"drafters\.(\d+)\.(.+)")
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0})
+class ComposedTrunks(nn.Module):
+    """Projections and layers of all drafters, with the target's embedding.
+
+    Args:
+        vllm_config: vLLM's, of the target, with the draft model's configuration in it.
+        prefix: of the names of modules.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        composition = Composition.of(getattr(config, EXTRA, None))
+        part = Part(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        shape = TrunkShape(
+            hidden=composition.hidden_size,
+            middle=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head=config.head_dim,
+            eps=config.rms_norm_eps,
+            input_norm=composition.input_norm,
+            qkv_bias=composition.qkv_bias,
+        )
+        count = len(composition.names)
+        # The target's takes its place when both are loaded.
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, shape.hidden, prefix=f"{prefix}.embed_tokens"
+        )
+        self.trunks = StackedTrunks(count, shape, any(composition.fc_biases), part)
+        self.rotary = get_rope(
+            shape.head,
+            max_position=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+            is_neox_style=True,
+        )
+        behind = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        self.attention = nn.ModuleList(
+            Attention(
+                shape.heads // part.size,
+                shape.head,
+                shape.head**-0.5,
+                num_kv_heads=self.trunks.kv_size // shape.head,
+                cache_config=vllm_config.cache_config,
+                prefix=f"{prefix}.layers.{behind + k}.self_attn.attn",
+            )
+            for k in range(count)
+        )
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, K * hidden), twice: what tokens are scored from, and what is fed back."""
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # All have the same positions, so that all heads are turned at once.
+            q, k = (x.transpose(0, 1).flatten(1) for x in (q, k))
+            q, k = self.rotary(positions, q, k)
+            queries, keys = (x.chunk(len(self.attention), dim=1) for x in (q, k))
+            return torch.stack(
+                [
+                    layer(q.contiguous(), k.contiguous(), v.contiguous())
+                    for layer, q, k, v in zip(self.attention, queries, keys, v.unbind())
+                ]
+            )
+
+        embeds = self.embed_tokens(input_ids)
+        found = self.trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
+        return found, found
+
+
+class EagleTapsForCausalLM(nn.Module):
+    """Drafters that propose together.
+
+    Args:
+        vllm_config: as [`ComposedTrunks`].
+        prefix: of the names of modules.
+
+    Raises:
+        ValueError: if the drafters do not fit the target, or vLLM is to do what they cannot.
+    """
+
+    # Read by vLLM: both are the target's.
+    has_own_lm_head = False
+    has_own_embed_tokens = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.speculative_config.draft_model_config.hf_config
+        self.composition = Composition.of(getattr(self.config, EXTRA, None))
+        self.count = len(self.composition.names)
+        _check(self.composition, self.config, vllm_config)
+        self.model = ComposedTrunks(
+            vllm_config=vllm_config, prefix=f"{prefix}.model" if prefix else "model"
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        sizes = self.composition.draft_vocab_sizes
+        # (K, scored) int64; None where all tokens are scored.
+        ids = None if sizes is None else torch.zeros(self.count, max(sizes), dtype=torch.int64)
+        self.register_buffer("token_ids", ids)
+        self.rows: torch.Tensor | None = None  # (K, scored, hidden), of the target's head
+        self.unscored: torch.Tensor | None = None  # (K, 1, scored) bool, where sizes differ
+        self.evidence: Evidence | None = None
+        self.slots: torch.Tensor | None = None
+        self.picks: torch.Tensor | None = None
+        """(n,) int64: whose the tokens are that were last chosen."""
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(n, hidden) from (n,)."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`ComposedTrunks`]."""
+        if inputs_embeds is not None:
+            raise ValueError("The drafters read tokens, but vLLM gives embeddings (of images?).")
+        return self.model(input_ids, positions, hidden_states)
+
+    def take_head(self, most_requests: int) -> None:
+        """Copy the rows of the target's head that are scored, when vLLM has shared that.
+
+        Args:
+            most_requests: in a batch, of which routing per request remembers each.
+        """
+        device = self.model.trunks.fc.weight.device
+        if self.composition.routing == "request":
+            self.evidence = Evidence(self.count, most_requests, device)
+        if self.token_ids is None:
+            return
+        head = self.lm_head
+        if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+            raise ValueError(
+                f"The target's head is quantised ({type(head.quant_method).__name__}), but "
+                "drafters with draft vocabularies copy rows of it; export them without."
+            )
+        # Of a vocabulary that is split each process has some rows; the sum has all of them.
+        first, last = (
+            getattr(head.shard_indices, f"org_vocab_{edge}_index") for edge in ("start", "end")
+        )
+        here = (self.token_ids >= first) & (self.token_ids < last)
+        local = (self.token_ids - first).clamp(0, last - first - 1)
+        rows = head.weight.data[local] * here[..., None].to(head.weight.dtype)
+        self.rows = tensor_model_parallel_all_reduce(rows).contiguous()
+        sizes = torch.tensor(self.composition.draft_vocab_sizes, device=device)
+        unscored = torch.arange(self.token_ids.shape[1], device=device) >= sizes[:, None, None]
+        self.unscored = unscored if bool(unscored.any()) else None
+
+    def follow(self, slots: torch.Tensor, new: torch.Tensor) -> None:
+        """Say whose the next rows are, for routing per request.
+
+        Args:
+            slots: (n,) int64: where each row's request is remembered.
+            new: (m,) int64: slots of requests that begin.
+        """
+        self.evidence.forget(new)
+        self.slots = slots
+
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(n,) int64: the token that is proposed after each row of (n, K * hidden)."""
+        best = best_tokens(self._logits(hidden_states), self.token_ids)
+        self.picks = self._pick(best)
+        return chosen(best.tokens, self.picks)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(n, vocabulary): what the chosen drafter scores; -inf for tokens that it does not."""
+        logits = self._logits(hidden_states)
+        self.picks = self._pick(best_tokens(logits, self.token_ids))
+        scores = chosen(logits, self.picks)
+        if self.token_ids is None:
+            return scores
+        full = scores.new_full((len(scores), self.config.vocab_size), float("-inf"))
+        # Of tokens that fill up a shorter vocabulary the score is -inf: they change nothing.
+        return full.scatter_reduce_(1, self.token_ids[self.picks], scores, "amax")
+
+    def _pick(self, best: Best) -> torch.Tensor:
+        if self.evidence is None or self.slots is None or len(self.slots) != best.tokens.shape[1]:
+            return surest(best)
+        return self.evidence.surest(best, self.slots)
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(K, n, scored)."""
+        each = hidden_states.view(len(hidden_states), self.count, -1).transpose(0, 1)
+        if self.rows is None:
+            logits = self.logits_processor(self.lm_head, each.flatten(0, 1))
+            return logits.view(self.count, len(hidden_states), -1)
+        logits = torch.bmm(each, self.rows.transpose(1, 2))
+        return logits if self.unscored is None else logits.masked_fill(self.unscored, -torch.inf)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take the tensors of a folder; returns the names of the parameters that have them."""
+        sizes = self.composition.draft_vocab_sizes
+        for name, tensor in weights:
+            found = _NAME.fullmatch(name)
+            if found is None:
+                raise ValueError(f"{name} is no tensor of composed drafters.")
+            drafter, inner = int(found[1]), found[2]
+            if inner == "draft_token_ids" and sizes is not None:
+                self.token_ids[drafter, : sizes[drafter]] = tensor
+            else:
+                self.model.trunks.load(drafter, inner, tensor)
+        self.model.trunks.check_loaded(self.composition.fc_biases)
+        # vLLM asks for all parameters, also for the embedding, whose place the target's takes.
+        return {name for name, _ in self.named_parameters()}
+
+
+def _check(composition: Composition, config: Any, vllm_config: VllmConfig) -> None:
+    """Raise `ValueError` for a target or settings that these drafters cannot draft with."""
+    target = vllm_config.model_config
+    trained_for = composition.target or "another target"
+    for name, found, expected in (
+        ("hidden_size", target.get_hidden_size(), composition.hidden_size),
+        ("vocab_size", target.get_vocab_size(), config.vocab_size),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"The target's `{name}` is {found}, but the drafters' is {expected}: they were "
+                f"made for {trained_for}."
+            )
+    if config.hidden_size != len(composition.names) * composition.hidden_size:
+        raise ValueError(
+            f"`hidden_size` is {config.hidden_size}, expected {composition.hidden_size} for each "
+            f"of {len(composition.names)} drafters."
+        )
+    if get_pp_group().world_size > 1:
+        raise ValueError(
+            "`pipeline_parallel_size` is more than 1, but drafters read the embedding and the "
+            "head of the target, which are not in one process then."
+        )
+    if vllm_config.speculative_config.draft_model_config.quantization is not None:
+        raise ValueError("The drafters are to be quantised, expected them as they are.")

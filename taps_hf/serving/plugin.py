@@ -1,0 +1,63 @@
+"""What vLLM calls in each of its processes: the entry point `vllm.general_plugins`.
+
+It runs for everybody who has both packages installed, whatever they serve. So it changes nothing
+but how drafters of our architecture are proposed with, and never fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..formats.composed import ARCHITECTURE
+from .versions import unsupported
+
+_logger = logging.getLogger("vllm.taps_hf")  # vLLM shows what is below its own name
+_registered = False
+
+
+def register() -> None:
+    """Register our architecture, our proposers, and the drafters' metrics. Once a process."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from vllm import ModelRegistry
+
+    # By name: importing the model takes a device, which not every process may touch.
+    ModelRegistry.register_model(ARCHITECTURE, f"{__package__}.model:EagleTapsForCausalLM")
+    if (reason := unsupported()) is not None:
+        _logger.warning("%s", reason)  # raised, with the same words, if such a folder is served
+        return
+    _propose_with_ours()
+    from prometheus_client import REGISTRY
+
+    from .counters import Collector, counters_folder
+
+    counters_folder()  # before vLLM starts the processes that are to know it
+    REGISTRY.register(Collector())
+
+
+def _propose_with_ours() -> None:
+    """Have vLLM's two runners make our subclasses of their proposers for our architecture.
+
+    Both make theirs by name, and ask with `isinstance` what it is. So the class stays, and gives an
+    instance of a subclass where the draft model is ours.
+    """
+    from vllm.v1.spec_decode.eagle import EagleProposer
+    from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+    for theirs in (EagleProposer, EagleSpeculator):
+        theirs.__new__ = _maker(theirs)
+
+
+def _maker(theirs: type) -> Any:
+    def make(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = vllm_config.speculative_config.draft_model_config
+        if cls is theirs and ARCHITECTURE in model.architectures:
+            from . import proposers
+
+            cls = proposers.OURS[theirs.__name__]
+        return object.__new__(cls)
+
+    return make

@@ -1,0 +1,201 @@
+"""How vLLM proposes with composed drafters: subclasses of the proposers of its two runners.
+
+vLLM 0.32.0 has two: `v1/worker/gpu_model_runner`, which proposes with an `EagleProposer`, and the
+newer `v1/worker/gpu`, with an `EagleSpeculator`. It takes the newer one where Triton works (on
+GPUs) and the older one elsewhere (on CPUs), unless VLLM_USE_V2_MODEL_RUNNER says otherwise. The
+older one is tested here; the newer one could only be read.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+from .counters import Counters
+from .routing import Slots
+
+_PERIOD = 1.0  # seconds between copies of counts from a device that is not the CPU
+
+
+class _Tally:
+    """Counts on the device, now and then copied to where they are asked for.
+
+    Args:
+        names: of the drafters.
+        vllm_config: vLLM's.
+        device: where drafting runs.
+    """
+
+    def __init__(self, names: tuple[str, ...], vllm_config: Any, device: torch.device) -> None:
+        self._counts = torch.zeros(2, len(names), dtype=torch.int64, device=device)
+        self._drafters = torch.arange(len(names), device=device)
+        self._copied = 0.0
+        self._shared: Counters | None = None
+        if get_tensor_model_parallel_rank() == 0:  # all ranks of an engine draft the same
+            engine = vllm_config.parallel_config.data_parallel_index
+            self._shared = Counters(names, engine)
+
+    def add(self, picks: torch.Tensor, drafted: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Count drafts that were verified.
+
+        Args:
+            picks: (n, L) int64: whose each token was.
+            drafted, accepted: (n,) integers: how many of the first of them were verified and
+                accepted.
+        """
+        ours = picks[..., None] == self._drafters
+        at = torch.arange(picks.shape[1], device=picks.device)
+        for row, counted in enumerate((drafted, accepted)):
+            self._counts[row] += (ours & (at < counted[:, None])[..., None]).sum(dim=(0, 1))
+        now = time.monotonic()
+        on_cpu = self._counts.device.type == "cpu"
+        if self._shared is not None and (on_cpu or now - self._copied > _PERIOD):
+            self._shared.counts[:] = self._counts.cpu().numpy()
+            self._copied = now
+
+
+class ComposedProposer(EagleProposer):
+    """Of the older runner."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner=runner)
+        self.runner = runner
+        # Asks `get_top_tokens`, which knows draft vocabularies, where no distribution is wanted.
+        self.use_local_argmax_reduction = True
+        self._slots = Slots(self.max_batch_size)
+        self._picks: list[torch.Tensor] = []  # by step, (n,)
+        self._rows: dict[str, int] = {}  # of the last proposal, by request
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """As the base class, and then the rows of the target's head that drafters score."""
+        super().load_model(target_model)
+        self.model.take_head(self.max_batch_size)
+        self._tally = _Tally(self.model.composition.names, self.vllm_config, self.device)
+
+    def set_inputs_first_pass(
+        self, *args: Any, target_hidden_states: torch.Tensor, **kwargs: Any
+    ) -> Any:
+        """As the base class, with the target's features once for each drafter."""
+        repeated = target_hidden_states.repeat(1, self.model.count)
+        return super().set_inputs_first_pass(*args, target_hidden_states=repeated, **kwargs)
+
+    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the base class, noting whose each token is."""
+        requests = list(self.runner.input_batch.req_ids)
+        self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
+        if self.model.composition.routing == "request":
+            slots, new = self._slots.of(requests)
+            self.model.follow(
+                *(torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, new))
+            )
+        return super().propose(*args, **kwargs)
+
+    def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        sampled = super()._sample_draft_tokens(*args, **kwargs)
+        self._picks.append(self.model.picks)
+        return sampled
+
+    def prepare_inputs_padded(
+        self, common_attn_metadata: Any, spec_decode_metadata: Any, valid_sampled_tokens_count: Any
+    ) -> Any:
+        """As the base class; the last drafts have just been verified, and are counted."""
+        self._count(spec_decode_metadata.num_draft_tokens, valid_sampled_tokens_count - 1)
+        return super().prepare_inputs_padded(
+            common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count
+        )
+
+    def prepare_inputs(
+        self, common_attn_metadata: Any, sampled_token_ids: Any, num_draft_tokens: Any
+    ) -> Any:
+        """The same, without padding."""
+        accepted = [len(tokens) - 1 for tokens in sampled_token_ids]
+        self._count(num_draft_tokens, torch.tensor(accepted, device=self.device))
+        return super().prepare_inputs(common_attn_metadata, sampled_token_ids, num_draft_tokens)
+
+    def _count(self, drafted: list[int], accepted: torch.Tensor) -> None:
+        """Count the last proposal; requests that were not in it have no drafts."""
+        if not self._picks:
+            return
+        requests = self.runner.input_batch.req_ids
+        drafted = [n if request in self._rows else 0 for request, n in zip(requests, drafted)]
+        rows = [self._rows.get(request, 0) for request in requests]
+        picks = torch.stack(self._picks, dim=1)[torch.tensor(rows, device=self.device)]
+        verified = torch.tensor(drafted, device=self.device)
+        self._tally.add(picks, verified, torch.minimum(accepted, verified))
+
+
+class ComposedSpeculator(EagleSpeculator):
+    """Of the newer runner."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.use_local_argmax_reduction = self.draft_logits is None
+        # One row more, which those of padding (request -1) write to.
+        self._picks = self.draft_tokens.new_zeros(self.max_num_reqs + 1, self.num_speculative_steps)
+
+    def load_draft_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """As the base class, and then the rows of the target's head that drafters score."""
+        model = super().load_draft_model(*args, **kwargs)
+        if model.composition.routing == "request":
+            raise ValueError(
+                "The drafters are routed per request, which vLLM's newer runner does not support "
+                "here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with `--routing token`."
+            )
+        model.take_head(self.max_num_reqs)
+        self._tally = _Tally(model.composition.names, self.vllm_config, self.device)
+        return model
+
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the base class, with the target's features once for each drafter."""
+        repeated = last_hidden_states.repeat(1, self.model.count)
+        return super().propose(input_batch, attn_metadata, slot_mappings, repeated, *args, **kwargs)
+
+    def sample_draft(
+        self,
+        hidden_states: torch.Tensor,
+        sample_src_positions: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        draft_step: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the base class, noting whose each token is: without a word to the host, for graphs."""
+        sampled = super().sample_draft(
+            hidden_states,
+            sample_src_positions,
+            idx_mapping,
+            temperature,
+            seeds,
+            draft_step,
+            *args,
+            **kwargs,
+        )
+        self._picks[idx_mapping, draft_step.expand_as(idx_mapping)] = self.model.picks
+        return sampled
+
+    def observe_verification(
+        self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
+    ) -> None:
+        """As the base class; the last drafts have just been verified, and are counted."""
+        super().observe_verification(idx_mapping, num_sampled, num_rejected)
+        accepted = (num_sampled - 1).clamp(min=0)
+        self._tally.add(self._picks[idx_mapping], accepted + num_rejected, accepted)
+
+
+OURS = {"EagleProposer": ComposedProposer, "EagleSpeculator": ComposedSpeculator}
+"""By the name of the class whose place they take."""

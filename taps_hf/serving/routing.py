@@ -1,0 +1,114 @@
+"""Whose token is proposed: several drafters score, the surest one's best token is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Best:
+    """What drafters would propose after some tokens.
+
+    Args:
+        tokens: (K, n) int64: each drafter's likeliest token, as the target numbers them.
+        confidences: (K, n) float32: log-probabilities of these.
+    """
+
+    tokens: torch.Tensor
+    confidences: torch.Tensor
+
+
+def best_tokens(logits: torch.Tensor, token_ids: torch.Tensor | None) -> Best:
+    """The likeliest token of each drafter, after each row.
+
+    Args:
+        logits: (K, n, scored): -inf where a drafter scores fewer tokens than others.
+        token_ids: (K, scored) int64: which tokens these are; None where all are scored.
+    """
+    scores, places = logits.float().max(dim=-1)
+    confidences = scores - logits.float().logsumexp(dim=-1)
+    tokens = places if token_ids is None else token_ids.gather(1, places)
+    return Best(tokens, confidences)
+
+
+def surest(best: Best) -> torch.Tensor:
+    """(n,) int64: the drafter whose best token is likeliest; of equals the first."""
+    return best.confidences.argmax(dim=0)
+
+
+def chosen(each: torch.Tensor, drafters: torch.Tensor) -> torch.Tensor:
+    """(n, ...) of (K, n, ...): row by row that of the chosen drafter.
+
+    Args:
+        each: what drafters have.
+        drafters: (n,) int64.
+    """
+    index = drafters.view(1, -1, *[1] * (each.dim() - 2))
+    return each.gather(0, index.expand(1, *each.shape[1:]))[0]
+
+
+class Evidence:
+    """How sure each drafter has been in each request so far: for routing per request.
+
+    Args:
+        count: K.
+        slots: how many requests can be remembered at once.
+        device: of the sums.
+    """
+
+    def __init__(self, count: int, slots: int, device: torch.device | str) -> None:
+        self._sums = torch.zeros(slots, count, device=device)
+
+    def forget(self, slots: torch.Tensor) -> None:
+        """Begin new requests in these slots, (m,) int64."""
+        self._sums[slots] = 0
+
+    def surest(self, best: Best, slots: torch.Tensor) -> torch.Tensor:
+        """Add what drafters say now; who has been surest on average since the request began.
+
+        Args:
+            best: after n rows.
+            slots: (n,) int64: of the requests of these rows, all different.
+
+        Returns:
+            (n,) int64; of equals the first.
+        """
+        # All drafters are counted equally often, so that sums compare as means do.
+        self._sums[slots] += best.confidences.t()
+        return self._sums[slots].argmax(dim=1)
+
+
+class Slots:
+    """Which request is remembered where.
+
+    Args:
+        count: how many can be at once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count))
+        self._of: dict[str, int] = {}
+
+    def of(self, requests: list[str]) -> tuple[list[int], list[int]]:
+        """The slots of a batch of requests, and those of them that are new.
+
+        Those of requests that are not in the batch are given away when others need them.
+
+        Raises:
+            ValueError: for more requests than there are slots.
+        """
+        new = [request for request in requests if request not in self._of]
+        if len(new) > len(self._free):
+            here = set(requests)
+            for gone in [request for request in self._of if request not in here]:
+                self._free.append(self._of.pop(gone))
+        if len(new) > len(self._free):
+            raise ValueError(
+                f"{len(requests)} requests are in the batch, expected at most "
+                f"{len(self._free) + len(self._of)}."
+            )
+        for request in new:
+            self._of[request] = self._free.pop()
+        return [self._of[request] for request in requests], [self._of[one] for one in new]

@@ -1,0 +1,98 @@
+"""vLLM in a process of its own, and our own decoding to compare it with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from taps_hf import ChainTree
+from taps_hf.drafters.modeling_feature import FeatureDrafter
+
+ENGINE = Path(__file__).with_name("engine.py")
+LENGTH, NEW_TOKENS = 4, 96
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def serve(tmp_path: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What vLLM answers to each job, and what it counted: see engine.py."""
+    jobs_file, result = tmp_path / "jobs.json", tmp_path / "result.json"
+    jobs_file.write_text(json.dumps([{"new_tokens": NEW_TOKENS, **job} for job in jobs]))
+    done = subprocess.run(
+        [sys.executable, str(ENGINE), str(jobs_file), str(result)],
+        env={**os.environ, **SETTINGS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return json.loads(result.read_text())
+
+
+def drafted_by(folder: Path, method: str) -> dict[str, Any]:
+    return {"method": method, "model": str(folder), "num_speculative_tokens": LENGTH}
+
+
+def chain(
+    target: PreTrainedModel,
+    drafter: FeatureDrafter,
+    prompts: list[list[int]],
+    new_tokens: int = NEW_TOKENS,
+) -> list[dict[str, Any]]:
+    """The same of our own decoding, drafting chains of the same length."""
+    answers = []
+    for prompt in prompts:
+        out = target.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            assistant_models=[drafter],
+            strategy="single",
+            tree=ChainTree(LENGTH),
+            return_dict_in_generate=True,
+        )
+        cycles = out.draft_trace.cycles
+        answers.append(
+            {
+                "tokens": out.sequences[0, len(prompt) :].tolist(),
+                "drafts": len(cycles),
+                "accepted": sum(cycle.accepted_length for cycle in cycles),
+            }
+        )
+    return answers
+
+
+def assert_as_ours(
+    served: list[dict[str, Any]],
+    plain: list[dict[str, Any]],
+    ours: list[dict[str, Any]],
+    name: str,
+) -> None:
+    """Texts are plain vLLM's and plain `generate`'s; so many drafts, so much of them accepted.
+
+    Per prompt, which is far tighter than in sum: one pass more or less for who drafts in the first,
+    the rest of the last draft for who counts beyond the end, and one tie rounded the other way.
+    """
+    for number, (there, alone, here) in enumerate(zip(served, plain, ours, strict=True)):
+        case = f"{name}, prompt {number}: {_counted(there)} there, {_counted(here)} here"
+        print(case)
+        assert there["tokens"] == alone["tokens"] == here["tokens"], case
+        assert there["drafted"] == LENGTH * there["drafts"], case
+        assert abs(there["drafts"] - here["drafts"]) <= 2, case
+        assert abs(there["accepted"] - here["accepted"]) <= LENGTH + 1, case
+
+
+def _counted(answer: dict[str, Any]) -> str:
+    return f"{answer['accepted']} tokens of {answer['drafts']} drafts accepted"

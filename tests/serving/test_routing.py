@@ -1,0 +1,71 @@
+"""Whose token is proposed, against softmax written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taps_hf.serving.routing import Best, Evidence, Slots, best_tokens, chosen, surest
+
+LOGITS = torch.tensor(
+    [  # two drafters, three rows, four tokens
+        [[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.5], [0.0, 9.0, 0.0, 0.0]],
+        [[9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 3.0, 0.0], [0.0, 0.0, 9.0, 0.0]],
+    ]
+)
+IDS = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
+
+
+def test_the_likeliest_token_and_how_likely():
+    best = best_tokens(LOGITS, IDS)
+    assert best.tokens.tolist() == [[10, 13, 11], [20, 22, 22]]
+    expected = LOGITS.softmax(dim=-1).amax(dim=-1)
+    torch.testing.assert_close(best.confidences.exp(), expected)
+    assert best_tokens(LOGITS, None).tokens.tolist() == [[0, 3, 1], [0, 2, 2]]
+
+
+def test_tokens_that_are_not_scored_count_for_nothing():
+    short = LOGITS.clone()
+    short[1, :, 3] = -torch.inf
+    best = best_tokens(short, IDS)
+    torch.testing.assert_close(best.confidences[1, 0].exp(), torch.tensor(1 / 3))
+    assert best.tokens[1].tolist() == [20, 22, 22]
+
+
+def test_larger_logits_are_no_surer():
+    """The second drafter has the larger ones in the first row, and no preference; ties go first."""
+    best = best_tokens(LOGITS, IDS)
+    drafters = surest(best)
+    assert drafters.tolist() == [0, 1, 0]
+    assert chosen(best.tokens, drafters).tolist() == [10, 22, 11]
+    assert torch.equal(chosen(LOGITS, drafters), LOGITS[drafters, torch.arange(3)])
+
+
+def test_evidence_of_a_request_is_summed_until_it_is_forgotten():
+    evidence = Evidence(2, 3, "cpu")
+    slots = torch.tensor([2, 0])
+    said = Best(torch.zeros(2, 2, dtype=torch.int64), torch.tensor([[-3.0, -1.0], [-1.0, -2.0]]))
+    assert evidence.surest(said, slots).tolist() == [1, 0]
+    # The first drafter is surer now, but not in sum; in the other request it is.
+    later = Best(said.tokens, torch.tensor([[-1.0, -1.0], [-2.0, -1.5]]))
+    assert surest(later).tolist() == [0, 0]
+    assert evidence.surest(later, slots).tolist() == [1, 0]
+    evidence.forget(torch.tensor([2]))
+    assert evidence.surest(later, slots).tolist() == [0, 0]
+
+
+def test_requests_keep_their_slots_while_they_are_there():
+    slots = Slots(3)
+    first, new = slots.of(["a", "b"])
+    assert len(set(first)) == 2
+    assert new == first
+    again, new = slots.of(["b", "c"])
+    assert again[0] == first[1]
+    assert new == [again[1]]
+    assert slots.of(["a"])[0] == first[:1]  # it was only not in a batch
+    others, new = slots.of(["d", "e", "a"])
+    assert new == others[:2]
+    assert others[2] == first[0]
+    assert sorted(others) == [0, 1, 2]
+    with pytest.raises(ValueError, match="4 requests are in the batch, expected at most 3"):
+        slots.of(["f", "g", "h", "i"])

@@ -1,0 +1,164 @@
+"""vLLM with our plugin: plain vLLM's texts, our own acceptance, and both drafters at work."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from taps_hf import EagleDrafter
+from taps_hf.embedded import EMBEDDED_DRAFTERS
+from taps_hf.exchange import export_composed
+
+from ..test_real import CARDS, QUESTIONS, encode
+from .served import LENGTH, assert_as_ours, chain, drafted_by, serve
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
+)
+SCORED = 4096
+SHORT, FEW = 48, 4
+MIXED = [
+    *QUESTIONS.values(),
+    "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",
+    "What is a good way to begin learning the guitar?",
+    "A train travels 60 miles an hour for 3 hours, then 40 miles an hour for 2. How far is that?",
+    "Write a short letter to a friend who has moved away.",
+    "Anna reads 24 pages a day. How many days does she need for a book of 360 pages?",
+    "Describe a walk along the sea in the rain.",
+    "A shirt costs 40 dollars and is reduced by a quarter. What does it cost now?",
+    "Which hobbies are cheap, and why?",
+    "There are 8 teams and each plays each other once. How many games are there?",
+    "Explain to a child why the sky is blue.",
+    "If 5 apples cost 3 dollars, what do 20 apples cost?",
+    "Give me three names for a small bakery.",
+    "Paul is 4 years older than Mary, and together they are 30. How old is Paul?",
+    "How do I politely refuse an invitation?",
+    "A tank holds 120 litres and loses 8 litres an hour. When is it empty?",
+    "Tell me a story about a fox and a clock.",
+    "Half of a class of 28 play football, a quarter tennis. How many play neither?",
+    "What should I look at first in a museum?",
+]
+
+
+@pytest.fixture(scope="module")
+def target(load_real, real_folder) -> PreTrainedModel:
+    """Named after its folder, where vLLM finds it."""
+    model = load_real()
+    model.config.name_or_path = str(real_folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(real_folder) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(real_folder)
+    return [encode(tokenizer, question)["input_ids"][0].tolist() for question in MIXED]
+
+
+@pytest.fixture(scope="module")
+def drafters() -> dict[str, EagleDrafter]:
+    """As they are in the zoo, with biases; they score tokens of their own, not equally many."""
+    found = {}
+    for name, scored in (("math", SCORED), ("chat", SCORED // 2)):
+        drafter = EagleDrafter.from_pretrained(
+            CARDS / EMBEDDED_DRAFTERS[name], dtype=torch.float32
+        ).eval()
+        drafter.score_only(scored)
+        found[name] = drafter
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, target, prompts, drafters) -> dict[str, dict[str, Any]]:
+    """All that one process of vLLM answers; starting it takes longer than answering."""
+    folder = tmp_path_factory.mktemp("served")
+    composed = {"math": ["math"], "token": ["math", "chat"], "request": ["math", "chat"]}
+    for out, names in composed.items():
+        routing = out if out in ("token", "request") else "token"
+        chosen = {name: drafters[name] for name in names}
+        export_composed(chosen, folder / out, target, routing)
+    few = {"prompts": prompts[:FEW], "model": target.config.name_or_path}
+    every = {**few, "prompts": prompts, "together": True, "new_tokens": SHORT}
+    both = drafted_by(folder / "token", "eagle")
+    off = {**both, "num_speculative_tokens_per_batch_size": [[1, 1, LENGTH], [2, 64, 0]]}
+    jobs = {
+        "plain, few": {**few, "speculative": None},
+        "math, few": {**few, "speculative": drafted_by(folder / "math", "eagle")},
+        "plain": {**every, "speculative": None},
+        "token": {**every, "speculative": both},
+        "request": {**every, "speculative": drafted_by(folder / "request", "eagle")},
+        "off": {**every, "speculative": off},
+        "sampled": {
+            **every,
+            "prompts": prompts[:FEW],
+            "temperature": 0.7,
+            "speculative": both,
+        },
+        "other target": {
+            **few,
+            "model": str(_narrow(folder / "narrow", target)),
+            "speculative": both,
+        },
+    }
+    return dict(zip(jobs, serve(folder, list(jobs.values()))))
+
+
+def _narrow(folder: Path, target: PreTrainedModel) -> Path:
+    """A target of half the width."""
+    config = target.config.__class__.from_dict(
+        {
+            **target.config.to_dict(),
+            "hidden_size": target.config.hidden_size // 2,
+            "num_hidden_layers": 1,
+        }
+    )
+    type(target)._from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def test_one_drafter_accepts_what_our_chain_does(results, target, prompts, drafters):
+    ours = chain(target, drafters["math"], prompts[:FEW])
+    served, plain = (results[name]["answers"] for name in ("math, few", "plain, few"))
+    assert sum(answer["accepted"] for answer in served) > 100
+    assert_as_ours(served, plain, ours, "math")
+
+
+@pytest.mark.parametrize("name", ["token", "request", "off"])
+def test_texts_are_plain_ones_in_a_batch(results, name):
+    plain, served = (
+        [answer["tokens"] for answer in results[each]["answers"]] for each in ("plain", name)
+    )
+    assert len(served) == len(MIXED)
+    assert served == plain
+
+
+@pytest.mark.parametrize("name", ["token", "request", "sampled"])
+def test_both_drafters_take_part_and_are_counted(results, name):
+    found = results[name]["by_drafter"]
+    print(name, found, results[name]["counted"])
+    for kind in ("drafted", "accepted"):
+        of_each = [found[f"{drafter} {kind}"] for drafter in ("math", "chat")]
+        assert min(of_each) > 0
+        assert sum(of_each) == results[name]["counted"][kind]
+
+
+def test_two_drafters_accept_more_than_one(results):
+    """More than half of the drafts' first tokens are right only where the right one drafts."""
+    counted = results["token"]["counted"]
+    assert counted["accepted"] > counted["drafts"]
+
+
+def test_drafting_follows_the_load(results):
+    """With twenty requests nothing is drafted; with the last of them alone, again."""
+    assert results["off"]["counted"]["drafts"] < results["token"]["counted"]["drafts"] / 4
+
+
+def test_another_target_is_refused(results):
+    assert (
+        "The target's `hidden_size` is 288, but the drafters' is 576"
+        in (results["other target"]["refused"])
+    )
