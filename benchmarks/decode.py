@@ -28,7 +28,7 @@ from prompts import Prompt, read_prompts
 from results import Results, Row, markdown, read_results
 from settings import command, heading, settings_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from variants import STRATEGIES, Variant, variants
+from variants import ASSISTANT, STRATEGIES, Variant, variants
 
 from taps_hf.checks import set_threads
 from taps_hf.drafters.base import Drafter
@@ -245,7 +245,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="a language model with the target's tokenizer, to draft in place of the drafters",
     )
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, help="default: all of them")
+    parser.add_argument(
+        "--strategies", nargs="+", default=STRATEGIES, choices=(*STRATEGIES, ASSISTANT)
+    )
     parser.add_argument(
         "--trees",
         nargs="+",
@@ -284,12 +286,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file of results to write or to go on with")
     options = parser.parse_args(argv)
     check_model_options(parser, options)
-    peer = "assistant-model"  # that of transformers needs such a model
-    if options.strategies is None:
-        small = options.small_model is not None
-        options.strategies = [name for name in STRATEGIES if small or name != peer]
-    if peer in options.strategies and options.small_model is None:
-        parser.error(f"{peer} needs --small-model")
+    if ASSISTANT in options.strategies and options.small_model is None:
+        parser.error(f"--strategies {ASSISTANT} needs --small-model")
     if options.context_window is not None and options.context_window < 1:
         parser.error(f"--context-window is {options.context_window}, expected a positive number")
     return options

@@ -16,7 +16,6 @@ STRATEGIES = (
     "auto-learned",
     "lookup",
     "prompt-lookup",
-    "assistant-model",
     "single",
     "confidence",
     "confidence-per-prompt",
@@ -25,6 +24,7 @@ STRATEGIES = (
     "merged-with-lookup",
     "concatenated",
 )
+ASSISTANT = "assistant-model"  # only with a small language model
 PROMPT_LOOKUP = 10  # tokens that transformers' prompt lookup proposes, as its documentation does
 
 
@@ -49,7 +49,7 @@ class Variant:
 
     def arguments(self, drafters: Mapping[str, Drafter]) -> dict[str, Any]:
         """What `generate` gets."""
-        if self.name == "assistant-model":
+        if self.name == ASSISTANT:
             (small,) = (x for x in drafters.values() if isinstance(x, CausalDrafter))
             return {"assistant_model": small.model}
         if self.strategy is None:
@@ -76,11 +76,11 @@ def variants(
     Args:
         drafters: their names, in the order in which `generate` gets them.
         trees: (depth, top_k, num_nodes) of each drafter's tree.
-        strategies: some of `STRATEGIES`. "auto-all" is auto with all drafters in every cycle,
-            "auto-learned" auto without lookups, "lookup" auto with nothing else; "assistant-model"
-            is transformers' own decoding with the small model. "merged" verifies
-            the union of all trees, up to num_nodes for each drafter; "merged-equal-budget" the
-            num_nodes best of it, and "merged-with-lookup" those of a lookup's tree as well.
+        strategies: some of `STRATEGIES` and `ASSISTANT`, transformers' own decoding with a small
+            model. "auto-all" is auto with all drafters in every cycle, "auto-learned" auto without
+            lookups, "lookup" auto with nothing else. "merged" verifies the union of all trees, up
+            to num_nodes for each drafter; "merged-equal-budget" the num_nodes best of it, and
+            "merged-with-lookup" those of a lookup's tree as well.
     """
     found = []
     if "auto" in strategies:
@@ -93,8 +93,8 @@ def variants(
         found.append(Variant("lookup", Auto(), None, lookup=True, learned=False))
     if "prompt-lookup" in strategies:
         found.append(Variant("prompt-lookup", None, None))
-    if "assistant-model" in strategies:
-        found.append(Variant("assistant-model", None, None))
+    if ASSISTANT in strategies:
+        found.append(Variant(ASSISTANT, None, None))
     for depth, top_k, num_nodes in trees:
         tree = DynamicTree(depth, top_k, num_nodes)
         ways: dict[str, Strategy] = {}

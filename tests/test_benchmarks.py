@@ -18,6 +18,7 @@ from results import HINDSIGHT, Figures, Results, Row, faster, interval, markdown
 from variants import variants
 
 import taps_hf
+from taps_hf.drafters.causal import CausalDrafter
 
 from .saved import save_tiny_models
 from .tiny import prompt, tiny_drafters, tiny_target
@@ -173,6 +174,24 @@ def test_variants():
     ]
     found = variants(["only"], [(2, 4, 4)], ["auto", "prompt-lookup", "single", "confidence"])
     assert [way.name for way in found] == ["auto", "prompt-lookup", "single only 2,4,4"]
+
+
+def test_a_small_language_model_beside_assisted_decoding():
+    target, small = tiny_target(), CausalDrafter.of(copy.deepcopy(tiny_target()))
+    ways = variants(["small"], [(3, 1, 3)], ["auto", "assistant-model", "single"])
+    generate = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 99}
+    rows = decode.measure(target, {"small": small}, ways, Prompt("g", 1, "x"), prompt(), generate)
+    assert [row.variant for row in rows] == ["auto", "assistant-model", "single small 3,1,3"]
+    assert all(row.differs_at is None and row.tokens == 8 for row in rows)
+
+
+def test_assisted_decoding_needs_a_small_model(capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--strategies", "assistant-model"])
+    assert "needs --small-model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        decode.main(["--context-window", "0"])
+    assert "expected a positive number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", [None, 0.7])
