@@ -176,15 +176,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(options.out)
         if options.out.exists():
             read_results(options.out)
-    target, tokenizer, drafters = load_models(options, options.drafter_dtype)
+    if options.small_model is not None:
+        target, tokenizer, drafters = load_small_model(options, options.small_model)
+    else:
+        target, tokenizer, drafters = load_models(options, options.drafter_dtype)
     if options.draft_vocab is not None:
         for drafter in drafters.values():
             drafter.score_only(options.draft_vocab)
     if options.context_window is not None:
         for drafter in drafters.values():
             drafter.config.context_window = options.context_window
-    if options.small_model is not None:
-        drafters = {"small": load_small_model(options.small_model, target)}
     generate: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
     if options.temperature:
         generate |= {"do_sample": True, "temperature": options.temperature, "top_k": 0}
@@ -288,6 +289,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     check_model_options(parser, options)
     if ASSISTANT in options.strategies and options.small_model is None:
         parser.error(f"--strategies {ASSISTANT} needs --small-model")
+    of_trained = {"--draft-vocab": options.draft_vocab, "--context-window": options.context_window}
+    for name, value in of_trained.items():
+        if value is not None and options.small_model is not None:
+            parser.error(f"{name} is {value}, which a small language model does not have")
+    if options.filler and not options.context:
+        parser.error("--filler is given, but no --context to fill")
     if options.context_window is not None and options.context_window < 1:
         parser.error(f"--context-window is {options.context_window}, expected a positive number")
     return options

@@ -40,10 +40,14 @@ def check_model_options(parser: argparse.ArgumentParser, options: argparse.Names
         parser.error(str(error))
 
 
-def load_small_model(path: str, target: PreTrainedModel) -> CausalDrafter:
-    """An ordinary language model as a drafter, in the target's dtype and on its device."""
+def load_small_model(
+    options: argparse.Namespace, path: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, CausalDrafter]]:
+    """The target, its tokenizer, and an ordinary language model as the only drafter, "small"."""
+    logging.disable_progress_bar()
+    target, tokenizer = load_target(options.target, getattr(torch, options.dtype), options.device)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype).to(target.device).eval()
-    return CausalDrafter.of(model)
+    return target, tokenizer, {"small": CausalDrafter.of(model)}
 
 
 def load_models(

@@ -8,7 +8,6 @@ It needs vLLM, with this package beside it: docs/serving.md.
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 import subprocess
 import sys
@@ -26,9 +25,7 @@ from _common import argument_parser, load_drafters, load_target, prompts
 from taps_hf.exchange import export_composed
 
 LENGTH, PATIENCE = 4, 600
-_DRAFTED = re.compile(
-    r'^taps_hf:(drafted|accepted)_tokens_total\{.*drafter="(\w+)".*\} (\S+)$', re.M
-)
+_COUNTS = {f"taps_hf:{kind}_tokens_total": kind for kind in ("drafted", "accepted")}
 
 
 @contextmanager
@@ -74,9 +71,16 @@ def _is_healthy(url: str) -> bool:
 
 def drafted(url: str) -> dict[tuple[str, str], int]:
     """Tokens by (drafted or accepted, drafter), as the server's metrics have them."""
+    from prometheus_client.parser import text_string_to_metric_families  # vLLM brings it
+
     with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
-        found = _DRAFTED.findall(answer.read().decode("utf-8"))
-    return {(kind, drafter): int(float(value)) for kind, drafter, value in found}
+        families = list(text_string_to_metric_families(answer.read().decode("utf-8")))
+    samples = [sample for family in families for sample in family.samples]
+    return {
+        (_COUNTS[sample.name], sample.labels["drafter"]): int(sample.value)
+        for sample in samples
+        if sample.name in _COUNTS
+    }
 
 
 async def ask(url: str, questions: Sequence[str], max_new_tokens: int) -> list[str]:

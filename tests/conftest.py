@@ -64,6 +64,14 @@ def load_real(real_folder) -> Callable[..., PreTrainedModel]:
     return load
 
 
+@pytest.fixture(scope="module")
+def real_at_folder(load_real, real_folder) -> PreTrainedModel:
+    """The embedded target, named after its folder, where other engines find it."""
+    model = load_real()
+    model.config.name_or_path = str(real_folder)
+    return model
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--screenshots",

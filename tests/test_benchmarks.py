@@ -15,6 +15,7 @@ import settings
 import torch
 from prompts import Prompt, read_prompts
 from results import HINDSIGHT, Figures, Results, Row, faster, interval, markdown, overall
+from transformers import AutoTokenizer
 from variants import variants
 
 import taps_hf
@@ -185,13 +186,19 @@ def test_a_small_language_model_beside_assisted_decoding():
     assert all(row.differs_at is None and row.tokens == 8 for row in rows)
 
 
-def test_assisted_decoding_needs_a_small_model(capsys):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--strategies", "assistant-model"], "needs --small-model"),
+        (["--context-window", "0"], "expected a positive number"),
+        (["--small-model", "x", "--draft-vocab", "8"], "which a small language model does not"),
+        (["--filler", "x"], "no --context to fill"),
+    ],
+)
+def test_what_does_not_go_together(capsys, given, message):
     with pytest.raises(SystemExit):
-        decode.main(["--strategies", "assistant-model"])
-    assert "needs --small-model" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        decode.main(["--context-window", "0"])
-    assert "expected a positive number" in capsys.readouterr().err
+        decode.main(given)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", [None, 0.7])
@@ -259,6 +266,46 @@ def test_main_writes_a_table_and_resumes(models, questions, tmp_path, capsys, mo
     ]:
         with pytest.raises(ValueError, match=f"was measured with .*{message}"):
             decode.main([*command, *more, option, value])
+
+
+def test_main_with_a_small_language_model(models, questions, capsys):
+    target = models[models.index("--target") + 1]
+    command = ["--target", target, "--small-model", target, "--max-new-tokens", "6"]
+    ways = ["--strategies", "single", "assistant-model", "--trees", "2,4,4"]
+    assert decode.main([*command, *ways, "--prompts", f"{questions}:2"]) == 0
+    table = capsys.readouterr().out
+    assert "| single small 2,4,4 | " in table
+    assert "| assistant-model | " in table
+    assert "0 of 4 answers differ" in table
+
+
+def test_contexts_are_filled_from_files_and_seen_through_windows(
+    models, questions, tmp_path, monkeypatch, capsys
+):
+    filler = tmp_path / "filler.jsonl"
+    filler.write_text(json.dumps({"instruction": "t7 t8 t9"}))
+    asked, windows = [], []
+    measure = decode.measure
+    monkeypatch.setattr(
+        decode,
+        "measure",
+        lambda *a, **k: (
+            (
+                asked.append(a[4]),
+                windows.extend(drafter.config.context_window for drafter in a[1].values()),
+            )
+            and measure(*a, **k)
+        ),
+    )
+    command = [*models, "--max-new-tokens", "4", "--trees", "2,4,4", "--strategies", "single"]
+    context = ["--context", "40", "--filler", str(filler), "--context-window", "5"]
+    assert decode.main([*command, *context, "--prompts", f"{questions}:1"]) == 0
+    assert "after at least 40, drafters seeing 5 slots" in capsys.readouterr().out
+    assert set(windows) == {5}
+    assert asked[0].shape[1] >= 40
+    tokenizer = AutoTokenizer.from_pretrained(models[models.index("--target") + 1])
+    words = tokenizer("t7 t8 t9", add_special_tokens=False)["input_ids"]
+    assert all(asked[0][0].tolist().count(word) > 3 for word in words)  # they had to be repeated
 
 
 def test_drafters_may_score_fewer_tokens(models, questions, monkeypatch, capsys):

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export
 
-from ..serving.served import assert_as_ours, chain, drafted_by, serve
-from ..test_real import CARDS, QUESTIONS, encode
+from ..serving.served import assert_as_ours, chain, drafted_by, encoded, serve
+from ..test_real import CARDS, QUESTIONS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-vllm` installs vllm"
@@ -41,17 +41,8 @@ SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def target(load_real, real_folder) -> PreTrainedModel:
-    """Named after its folder, where vLLM finds it."""
-    model = load_real()
-    model.config.name_or_path = str(real_folder)
-    return model
-
-
-@pytest.fixture(scope="module")
 def prompts(real_folder) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(real_folder)
-    return [encode(tokenizer, question)["input_ids"][0].tolist() for question in ASKED]
+    return encoded(real_folder, ASKED)
 
 
 def remade(drafter: EagleDrafter, **changes: Any) -> EagleDrafter:
@@ -81,13 +72,13 @@ def export_folded(drafter: EagleDrafter, out: Path, target: PreTrainedModel) -> 
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_the_maths_drafter_of_the_zoo(tmp_path, target, prompts):
+def test_the_maths_drafter_of_the_zoo(tmp_path, real_at_folder, prompts):
     drafter = EagleDrafter.from_pretrained(
         CARDS / EMBEDDED_DRAFTERS["math"], dtype=torch.float32
     ).eval()
     drafter = remade(drafter, draft_vocab_size=None)  # vLLM scores the whole vocabulary
-    export_folded(drafter, tmp_path / "drafter", target)
-    job = {"model": target.config.name_or_path, "prompts": prompts}
+    export_folded(drafter, tmp_path / "drafter", real_at_folder)
+    job = {"model": real_at_folder.config.name_or_path, "prompts": prompts}
     speculative = drafted_by(tmp_path / "drafter", "eagle")
     plain, served = (
         result["answers"]
@@ -96,7 +87,7 @@ def test_the_maths_drafter_of_the_zoo(tmp_path, target, prompts):
         )
     )
     assert sum(answer["accepted"] for answer in served) > 100
-    assert_as_ours(served, plain, chain(target, drafter, prompts), "zoo")
+    assert_as_ours(served, plain, chain(real_at_folder, drafter, prompts), "zoo")
 
 
 @pytest.fixture(scope="module")

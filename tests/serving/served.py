@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from taps_hf import ChainTree
 from taps_hf.drafters.modeling_feature import FeatureDrafter
+
+from ..test_real import encode
 
 ENGINE = Path(__file__).with_name("engine.py")
 LENGTH, NEW_TOKENS = 4, 96
@@ -39,6 +41,12 @@ def serve(tmp_path: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return json.loads(result.read_text())
+
+
+def encoded(folder: Path, questions: list[str]) -> list[list[int]]:
+    """The tokens of questions, by the tokenizer in a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [encode(tokenizer, question)["input_ids"][0].tolist() for question in questions]
 
 
 def drafted_by(folder: Path, method: str) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from taps_hf import EagleDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export_composed
 
-from ..test_real import CARDS, QUESTIONS, encode
-from .served import LENGTH, assert_as_ours, chain, drafted_by, serve
+from ..test_real import CARDS, QUESTIONS
+from .served import LENGTH, assert_as_ours, chain, drafted_by, encoded, serve
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
@@ -46,17 +46,8 @@ MIXED = [
 
 
 @pytest.fixture(scope="module")
-def target(load_real, real_folder) -> PreTrainedModel:
-    """Named after its folder, where vLLM finds it."""
-    model = load_real()
-    model.config.name_or_path = str(real_folder)
-    return model
-
-
-@pytest.fixture(scope="module")
 def prompts(real_folder) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(real_folder)
-    return [encode(tokenizer, question)["input_ids"][0].tolist() for question in MIXED]
+    return encoded(real_folder, MIXED)
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +64,15 @@ def drafters() -> dict[str, EagleDrafter]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, target, prompts, drafters) -> dict[str, dict[str, Any]]:
+def results(tmp_path_factory, real_at_folder, prompts, drafters) -> dict[str, dict[str, Any]]:
     """All that one process of vLLM answers; starting it takes longer than answering."""
     folder = tmp_path_factory.mktemp("served")
     composed = {"math": ["math"], "token": ["math", "chat"], "request": ["math", "chat"]}
     for out, names in composed.items():
         routing = out if out in ("token", "request") else "token"
         chosen = {name: drafters[name] for name in names}
-        export_composed(chosen, folder / out, target, routing)
-    few = {"prompts": prompts[:FEW], "model": target.config.name_or_path}
+        export_composed(chosen, folder / out, real_at_folder, routing)
+    few = {"prompts": prompts[:FEW], "model": real_at_folder.config.name_or_path}
     every = {**few, "prompts": prompts, "together": True, "new_tokens": SHORT}
     both = drafted_by(folder / "token", "eagle")
     off = {**both, "num_speculative_tokens_per_batch_size": [[1, 1, LENGTH], [2, 64, 0]]}
@@ -100,7 +91,7 @@ def results(tmp_path_factory, target, prompts, drafters) -> dict[str, dict[str, 
         },
         "other target": {
             **few,
-            "model": str(_narrow(folder / "narrow", target)),
+            "model": str(_narrow(folder / "narrow", real_at_folder)),
             "speculative": both,
         },
     }
@@ -120,8 +111,8 @@ def _narrow(folder: Path, target: PreTrainedModel) -> Path:
     return folder
 
 
-def test_one_drafter_accepts_what_our_chain_does(results, target, prompts, drafters):
-    ours = chain(target, drafters["math"], prompts[:FEW])
+def test_one_drafter_accepts_what_our_chain_does(results, real_at_folder, prompts, drafters):
+    ours = chain(real_at_folder, drafters["math"], prompts[:FEW])
     served, plain = (results[name]["answers"] for name in ("math, few", "plain, few"))
     assert sum(answer["accepted"] for answer in served) > 100
     assert_as_ours(served, plain, ours, "math")
