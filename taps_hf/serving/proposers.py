@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from .counters import Counters
 from .routing import Slots
+from .sampling import mend
 
 _PERIOD = 1.0  # seconds between copies of counts from a device that is not the CPU
 
@@ -64,6 +65,8 @@ class ComposedProposer(EagleProposer):
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner=runner)
+        if device.type == "cpu":
+            mend()
         self.runner = runner
         # Asks `get_top_tokens`, which knows draft vocabularies, where no distribution is wanted.
         self.use_local_argmax_reduction = True

@@ -10,14 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export
 
-from ..serving.served import assert_as_ours, chain, drafted_by, encoded, serve
+from ..serving.served import (
+    SMALL_VOCAB,
+    assert_as_ours,
+    chain,
+    drafted_by,
+    encoded,
+    save_small_target,
+    serve,
+)
 from ..test_real import CARDS, QUESTIONS
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +36,7 @@ ASKED = [
     "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",
     "A train travels 60 miles an hour for 3 hours, then 40 miles an hour for 2. How far is that?",
 ]
-SMALL_VOCAB, SMALL_ANSWER, TAUGHT = 16, 64, 60
+SMALL_ANSWER, TAUGHT = 64, 60
 SCORED = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 11, 13, 14, 15])
 # Folder: what it is exported to, vLLM's method, and the dialect.
 SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -92,28 +100,7 @@ def test_the_maths_drafter_of_the_zoo(tmp_path, real_at_folder, prompts):
 
 @pytest.fixture(scope="module")
 def small_target(tmp_path_factory) -> PreTrainedModel:
-    """A random Llama with heads as narrow as vLLM has kernels for, and few tokens to guess."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=SMALL_VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    folder = tmp_path_factory.mktemp("small")
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
-    return model
+    return save_small_target(tmp_path_factory.mktemp("small"))
 
 
 def taught_drafter(

@@ -1,12 +1,12 @@
 """Serve prompts with vLLM, in a process of its own: `python engine.py JOBS RESULT`, both JSON.
 
 Each of the jobs says `model` and `prompts` (lists of token ids), `new_tokens`, and `speculative`,
-vLLM's own configuration of a drafter or null; `together`, whether all prompts are one batch; and
-`temperature`, 0 unless it is given. Its result has the `answers`, for each prompt the `tokens`
-answered and, of prompts that came one after the other, how many drafts (`drafts`) of how many
-tokens (`drafted`) were verified and `accepted`; the same counts for all of them, `counted`; and
-those of each drafter of a composed folder, `by_drafter`. A job that vLLM refuses has `refused`,
-the error, instead.
+vLLM's own configuration of a drafter or null; `together`, whether all prompts are one batch;
+`temperature`, 0 unless it is given; and `ignore_eos`.
+Its result has the `answers`, for each prompt the `tokens` answered and, of prompts that came one
+after the other, how many drafts (`drafts`) of how many tokens (`drafted`) were verified and
+`accepted`; the same counts for all of them, `counted`; and those of each drafter of a composed
+folder, `by_drafter`. A job that vLLM refuses has `refused`, the error, instead.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         skip_tokenizer_init=True,
         disable_log_stats=False,
         speculative_config=job["speculative"],
+        seed=0,
     )
-    wanted = SamplingParams(
+    wanted = SamplingParams(  # without a seed for each: with one vLLM may read no prompt in parts
         temperature=job.get("temperature", 0),
-        seed=1,
         max_tokens=job["new_tokens"],
         detokenize=False,
+        ignore_eos=job.get("ignore_eos", False),
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     first, ours, answers = _counts(engine), _by_drafter(), []

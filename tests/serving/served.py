@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from taps_hf import ChainTree
 from taps_hf.drafters.modeling_feature import FeatureDrafter
@@ -19,6 +19,7 @@ from ..test_real import encode
 
 ENGINE = Path(__file__).with_name("engine.py")
 LENGTH, NEW_TOKENS = 4, 96
+SMALL_VOCAB = 16
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -47,6 +48,30 @@ def encoded(folder: Path, questions: list[str]) -> list[list[int]]:
     """The tokens of questions, by the tokenizer in a folder."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [encode(tokenizer, question)["input_ids"][0].tolist() for question in questions]
+
+
+def save_small_target(folder: Path) -> PreTrainedModel:
+    """A random Llama with heads as narrow as vLLM has kernels for, and few tokens to guess."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=SMALL_VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def drafted_by(folder: Path, method: str) -> dict[str, Any]:

@@ -15,13 +15,23 @@ from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export_composed
 
 from ..test_real import CARDS, QUESTIONS
-from .served import LENGTH, assert_as_ours, chain, drafted_by, encoded, serve
+from .served import (
+    LENGTH,
+    SMALL_VOCAB,
+    assert_as_ours,
+    chain,
+    drafted_by,
+    encoded,
+    save_small_target,
+    serve,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
 )
 SCORED = 4096
 SHORT, FEW = 48, 4
+ANSWERS = 2000
 MIXED = [
     *QUESTIONS.values(),
     "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",
@@ -135,6 +145,55 @@ def test_both_drafters_take_part_and_are_counted(results, name):
         of_each = [found[f"{drafter} {kind}"] for drafter in ("math", "chat")]
         assert min(of_each) > 0
         assert sum(of_each) == results[name]["counted"][kind]
+
+
+def test_sampled_drafts_are_accepted(results):
+    """On a CPU vLLM by itself accepts nothing then: see `taps_hf.serving.sampling`."""
+    counted = results["sampled"]["counted"]
+    assert counted["accepted"] > counted["drafts"] / 4
+
+
+def test_sampled_texts_have_the_distribution_of_the_target(tmp_path):
+    """Thousands of answers of three tokens, among sixteen; the second and third may be drafted."""
+    target = save_small_target(tmp_path / "small")
+    drafters = {}
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        drafters[name] = EagleDrafter.from_target(target, fc_bias=True).eval()
+    export_composed(drafters, tmp_path / "composed", target)
+    job = {
+        "model": str(tmp_path / "small"),
+        "prompts": [[3, 1, 4, 1, 5, 9, 2, 6]] * ANSWERS,
+        "together": True,
+        "new_tokens": 3,
+        "temperature": 1.0,
+        "ignore_eos": True,
+    }
+    ways = [
+        drafted_by(tmp_path / "composed", "eagle") | {"draft_sample_method": method}
+        for method in ("greedy", "probabilistic")
+    ]
+    expected = probabilities(target, job["prompts"][0])
+    for found in serve(tmp_path, [{**job, "speculative": way} for way in ways]):
+        accepted, drafted = (found["counted"][kind] for kind in ("accepted", "drafted"))
+        assert 0.01 * drafted < accepted < 0.9 * drafted  # both ways to a token are taken
+        tokens = torch.tensor([answer["tokens"] for answer in found["answers"]])
+        for place, wanted in enumerate(expected):
+            counts = tokens[:, place].bincount(minlength=SMALL_VOCAB)
+            surprise = ((counts - ANSWERS * wanted) ** 2 / (ANSWERS * wanted)).sum()
+            assert surprise < 45, place  # of 15 degrees of freedom: once in 10,000 times
+
+
+def probabilities(target: PreTrainedModel, prompt: list[int]) -> list[torch.Tensor]:
+    """Of the first, second and third token of an answer: sums over what may come before."""
+    with torch.no_grad():
+        every = torch.cartesian_prod(*[torch.arange(SMALL_VOCAB)] * 2)
+        texts = torch.cat([torch.tensor(prompt).expand(len(every), -1), every], dim=1)
+        each = target(texts).logits[:, -3:].softmax(dim=-1).double()
+    first = each[0, 0]
+    second = each[::SMALL_VOCAB, 1]  # by the first token
+    both = first[:, None] * second
+    return [first, both.sum(dim=0), (both.flatten()[:, None] * each[:, 2]).sum(dim=0)]
 
 
 def test_two_drafters_accept_more_than_one(results):
