@@ -318,7 +318,7 @@ def look_at_every_view(visitor: Visitor, folder, name: str) -> None:
     )
     look("charts")
     visitor.tab("Compare")
-    visitor.button("compare").click()
+    visitor.start("compare")
     visitor.wait_for_the_end("compare")
     look("compare")
 

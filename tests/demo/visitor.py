@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Locator, Page, TimeoutError
 
 from taps_hf.demo.prompts import EXAMPLES
 
@@ -60,7 +60,7 @@ class Visitor:
 
     def generate(self) -> str:
         """Press the button and wait for the end; returns the answer."""
-        self.button("generate").click()
+        self.start("generate")
         self.wait_for_the_end("generate")
         return self.answer()
 
@@ -71,10 +71,18 @@ class Visitor:
         earlier = self.page.locator(numbered)
         old = earlier.first.get_attribute("data-number") if earlier.count() else 0
         self.button(what).click()
-        self.page.locator(f"{numbered}:not([data-number='{old}']) .tok").first.wait_for()
+        try:
+            self.page.locator(f"{numbered}:not([data-number='{old}']) .tok").first.wait_for()
+        except TimeoutError as error:
+            said = self.page.locator(".taps-notice, .toast-body").all_inner_texts()
+            pressed = self.button(what).is_disabled()
+            raise AssertionError(
+                f"Nothing was written after {what!r} was pressed (heard: {pressed}). The page says "
+                f"{said}, its console {self.errors}."
+            ) from error
 
     def wait_for_the_end(self, of: str) -> None:
-        """After "generate" or "compare" was pressed: until all that came of it is shown."""
+        """After [`start`]: until all that comes of it is shown."""
         self.page.locator(f"#{of}:not([disabled])").wait_for()
 
     def answer(self) -> str:
