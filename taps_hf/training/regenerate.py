@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,24 @@ class _Prompt:
     where: str
 
 
+@dataclass
+class _Speed:
+    """Of this run, since it was started."""
+
+    tokens: int = 0
+    answering: float = 0.0  # seconds
+    keeping: float = 0.0
+
+    def add(self, answers: Sequence[Answer], answering: float, keeping: float) -> None:
+        self.tokens += sum(len(answer.tokens) for answer in answers)
+        self.answering += answering
+        self.keeping += keeping
+
+    def __str__(self) -> str:
+        seconds = self.answering + self.keeping
+        return f"{self.tokens / seconds:.1f} tokens/s, keeping took {self.keeping / seconds:.0%}"
+
+
 def regenerate(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,7 +98,7 @@ def regenerate(
         ValueError: if `out` was written with other options, by another engine or target, or not by
             this command alone.
     """
-    report = DataReport()
+    report, speed = DataReport(), _Speed()
     ends = end_of_turn_ids(target, tokenizer)
     if engine is None:
         engine = BatchedEngine(target, options, ends, () if store is None else store.layers)
@@ -101,10 +120,14 @@ def regenerate(
             chunk = range(start, min(start + options.chunk_size, len(rows)))
             prompts = [*_prompts(rows, chunk, tokenizer, options, report)]
             if start >= done:
+                before = time.perf_counter()
                 answers = engine.answer([prompt.ids for prompt in prompts], start)
+                answered = time.perf_counter()
                 if store is not None:  # first, so that no answer on disk lacks its features
                     _keep_features(store, target, prompts, answers)
                 _write(out, tokenizer, prompts, answers, ends, start + options.chunk_size)
+                speed.add(answers, answered - before, time.perf_counter() - answered)
+                progress.set_postfix_str(str(speed), refresh=False)
             progress.update(len(chunk))
     return report
 
