@@ -46,7 +46,8 @@ def small(tmp_path_factory) -> list[str]:
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["regenerate", "--device", "cpu", "--dtype", "float32", "--data", str(data)]
-    return [*given, "--target", str(folder / "target"), "--engine-options", EAGER]
+    given += ["--target", str(folder / "target"), "--max-prompt-tokens", "64"]
+    return [*given, "--engine-options", EAGER]
 
 
 EAGER = '{"enforce_eager": true}'  # nothing is compiled for texts this short
@@ -138,7 +139,7 @@ def test_sampled_answers_follow_the_targets_distribution(small, tmp_path):
 
 
 @pytest.mark.real
-def test_the_embedded_target_answers_as_it_does_here(tmp_path, load_real):
+def test_the_embedded_target_answers_as_it_does_here(tmp_path, load_real, real_folder):
     rows = [
         "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens are left?",
         "What is a good way to begin learning the guitar?",
@@ -151,7 +152,8 @@ def test_the_embedded_target_answers_as_it_does_here(tmp_path, load_real):
     arguments += ["--max-new-tokens", "48", "--engine-options", EAGER]
     store = tmp_path / "features"
     run([*arguments, "--features", str(store), "--out", str(tmp_path / "vllm.jsonl")])
-    ours([*arguments, "--out", str(tmp_path / "ours.jsonl")])
+    same = ["--target", str(real_folder)]  # which takes a second to load
+    ours([*arguments, *same, "--out", str(tmp_path / "ours.jsonl")])
     found = lines_of(tmp_path / "vllm.jsonl")
     assert found == lines_of(tmp_path / "ours.jsonl")
     assert len(found) == len(rows)
