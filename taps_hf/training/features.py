@@ -250,12 +250,14 @@ def fill_store(
     target: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     batch_tokens: int = 8192,
+    leave: bool = True,
 ) -> None:
     """Compute and keep the features of those rows that the store lacks, with a progress bar.
 
     Args:
         rows: token ids of each row.
         batch_tokens: about how many tokens, padding included, one pass of the target takes.
+        leave: whether the progress bar stays when it is full.
 
     Raises:
         ValueError: before the first pass, if the disk is too small.
@@ -266,7 +268,7 @@ def fill_store(
     if not missing:
         return
     title = f"features ({needed / 1e9:.2f} GB)"
-    with tqdm(total=total, unit="token", desc=title) as progress:
+    with tqdm(total=total, unit="token", desc=title, leave=leave) as progress:
         while missing:
             count = max(1, batch_tokens // len(missing[0]))
             batch, missing = missing[:count], missing[count:]

@@ -1,7 +1,6 @@
 """The target's own answers to prompts: what a drafter should learn to foresee.
 
-Own loop rather than `generate`: rows that have ended leave the batch, the cache grows in place, and
-the features, which `generate` would compute and forget, can be kept for training.
+An engine answers ([`engines`]); which prompts, and what of it is on disk when, is decided here.
 """
 
 from __future__ import annotations
@@ -10,17 +9,15 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import CACHE, InPlaceCache
-from ..checks import COUNT, NOT_NEGATIVE, SEED, check_numbers
 from ..files import (
     check_writable,
     cut_off,
@@ -30,7 +27,6 @@ from ..files import (
     starts_like,
     write_json,
 )
-from ..target import LAST
 from .conversations import (
     DataReport,
     SourceRow,
@@ -40,137 +36,9 @@ from .conversations import (
     prompt_of,
 )
 from .encoding import encode_prompt
-from .features import FeatureStore, LayerStates
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the target wrote.
-
-    Args:
-        tokens: ids, ending with an end-of-sequence token unless the answer was cut.
-        features: (prompt + answer - 1, layers x hidden) or None: the target's states of every
-            token but the last one, which was never read.
-    """
-
-    tokens: list[int]
-    features: torch.Tensor | None
-
-
-@torch.inference_mode()
-def answer_batch(
-    target: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    end_ids: set[int],
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-    layers: Sequence[int] = (),
-) -> list[Answer]:
-    """Answer tokenised prompts together.
-
-    Args:
-        prompts: token ids of each prompt.
-        max_new_tokens: longest answer.
-        end_ids: tokens that end an answer.
-        temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
-        generator: where random numbers come from, on the target's device.
-        layers: whose states of prompts and answers are returned, side by side in this order (see
-            [`features`]); none for no features.
-
-    Raises:
-        ValueError: if the target has no such layers.
-    """
-    device, head = target.device, target.get_output_embeddings()
-    read = tuple(layers) if LAST in layers else (*layers, LAST)
-    decoder = LayerStates(target, read)
-    width = target.config.get_text_config(decoder=True).hidden_size
-    scored = slice(read.index(LAST) * width, (read.index(LAST) + 1) * width)
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)], device=device)
-    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts)], device=device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = InPlaceCache(DynamicCache(config=target.config.get_text_config(decoder=True)))
-    answers: list[list[int]] = [[] for _ in prompts]
-    features: list[list[torch.Tensor]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which prompt a row of the shrinking batch belongs to
-    while True:
-        states = decoder(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{CACHE: cache.cache},
-        )
-        tokens = _choose(head(states[:, -1, scored]).float(), temperature, generator)
-        # Of all rows at once: a device would be waited for row by row.
-        kept_states = states[..., : len(layers) * width].to("cpu", copy=True) if layers else None
-        going = []
-        for row, token in enumerate(tokens.tolist()):
-            index = rows[row]
-            answer = answers[index]
-            if answer and answer[-1] in end_ids:
-                continue  # ended, but still in the batch
-            if kept_states is not None:
-                first = 0 if answer else padding[index]
-                features[index].append(kept_states[row, first:])
-            answer.append(token)
-            if token not in end_ids:
-                going.append(row)
-        if not going or len(answers[rows[going[0]]]) == max_new_tokens:
-            break
-        if len(going) < 0.85 * len(rows):  # dropping rows copies the cache: not every time
-            kept = torch.tensor(going, device=device)
-            cache.select_rows(kept)
-            tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-            rows = [rows[row] for row in going]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return [
-        Answer(answer, torch.cat(parts) if layers else None)
-        for answer, parts in zip(answers, features)
-    ]
-
-
-def _choose(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator | None
-) -> torch.Tensor:
-    """(batch,) int64 tokens from (batch, vocabulary) float32 logits."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # The Gumbel trick rather than multinomial, which is slow for many rows on a CPU.
-    noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-    return (logits / temperature - noise).argmax(dim=-1)
-
-
-@dataclass(frozen=True)
-class RegenerateOptions:
-    """How prompts are drawn and answered.
-
-    Args:
-        max_prompt_tokens: longer prompts are left out, and counted.
-        max_new_tokens: longest answer.
-        temperature: 0 for greedy answers.
-        batch_size: prompts answered together.
-        chunk_size: prompts between two writes to disk; within one, prompts of like length are
-            batched together.
-        seed: of the order of the rows, of which question of a conversation is asked, and of
-            sampled answers.
-    """
-
-    max_prompt_tokens: int = 512
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    batch_size: int = 64
-    chunk_size: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = ("max_prompt_tokens", "max_new_tokens", "batch_size", "chunk_size")
-        ranges = {**dict.fromkeys(counts, COUNT), "temperature": NOT_NEGATIVE, "seed": SEED}
-        check_numbers(self, ranges)
+from .engines.base import Answer, AnswerEngine, RegenerateOptions
+from .engines.batched import BatchedEngine
+from .features import FeatureStore, fill_store
 
 
 @dataclass(frozen=True)
@@ -181,6 +49,24 @@ class _Prompt:
     where: str
 
 
+@dataclass
+class _Speed:
+    """Of this run, since it was started."""
+
+    tokens: int = 0
+    answering: float = 0.0  # seconds
+    keeping: float = 0.0
+
+    def add(self, answers: Sequence[Answer], answering: float, keeping: float) -> None:
+        self.tokens += sum(len(answer.tokens) for answer in answers)
+        self.answering += answering
+        self.keeping += keeping
+
+    def __str__(self) -> str:
+        seconds = self.answering + self.keeping
+        return f"{self.tokens / seconds:.1f} tokens/s, keeping took {self.keeping / seconds:.0%}"
+
+
 def regenerate(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,6 +74,7 @@ def regenerate(
     out: Path,
     options: RegenerateOptions,
     store: FeatureStore | None = None,
+    engine: AnswerEngine | None = None,
 ) -> DataReport:
     """Have the target answer the questions in `rows`; appends JSON lines to `out`.
 
@@ -197,17 +84,24 @@ def regenerate(
     the answers of that run is never cut off.
 
     Args:
+        target: the model. With another engine than ours and without a store its weights are not
+            used: it may lie on the meta device.
         rows: conversations, in the order in which they are dealt with.
-        store: where to keep the features the target computed on the way.
+        store: where to keep the features of prompts and answers: those that the engine computed on
+            the way, or else the target's, of one more pass over each answer.
+        engine: who answers, with these options; by default [`BatchedEngine`].
 
     Returns:
         how many of the rows were used, and why others were not.
 
     Raises:
-        ValueError: if `out` was written with other options or another target, or not by this
-            command alone.
+        ValueError: if `out` was written with other options, by another engine or target, or not by
+            this command alone.
     """
-    report = DataReport()
+    report, speed = DataReport(), _Speed()
+    ends = end_of_turn_ids(target, tokenizer)
+    if engine is None:
+        engine = BatchedEngine(target, options, ends, () if store is None else store.layers)
     asked = {
         "target": target.config.name_or_path,
         "dtype": str(target.dtype),
@@ -215,24 +109,25 @@ def regenerate(
         "rows": digest_of(rows),
         "features": store is not None,
         "options": dict(vars(options)),
+        **engine.asked,
     }
-    end_ids = end_of_turn_ids(target, tokenizer)
     with (
         hold_answers(out),
         tqdm(total=len(rows), unit="prompt", desc=out.name) as progress,
     ):
-        done = _resume(out, asked)
+        done = _resume(out, asked, len(rows), engine)
         for start in range(0, len(rows), options.chunk_size):
             chunk = range(start, min(start + options.chunk_size, len(rows)))
             prompts = [*_prompts(rows, chunk, tokenizer, options, report)]
             if start >= done:
-                generator = torch.Generator(target.device).manual_seed(options.seed * 10**6 + start)
-                answers = _answer_chunk(target, prompts, end_ids, options, generator, store)
+                before = time.perf_counter()
+                answers = engine.answer([prompt.ids for prompt in prompts], start)
+                answered = time.perf_counter()
                 if store is not None:  # first, so that no answer on disk lacks its features
-                    store.append(
-                        (p.ids + a.tokens[:-1], a.features) for p, a in zip(prompts, answers)
-                    )
-                _write(out, tokenizer, prompts, answers, end_ids, start + options.chunk_size)
+                    _keep_features(store, target, prompts, answers)
+                _write(out, tokenizer, prompts, answers, ends, start + options.chunk_size)
+                speed.add(answers, answered - before, time.perf_counter() - answered)
+                progress.set_postfix_str(str(speed), refresh=False)
             progress.update(len(chunk))
     return report
 
@@ -274,29 +169,15 @@ def end_of_turn_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return end_ids(target) or {tokenizer.eos_token_id} - {None}
 
 
-def _answer_chunk(
-    target: PreTrainedModel,
-    prompts: list[_Prompt],
-    end_ids: set[int],
-    options: RegenerateOptions,
-    generator: torch.Generator,
-    store: FeatureStore | None,
-) -> list[Answer]:
-    answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    for first in range(0, len(order), options.batch_size):
-        batch = order[first : first + options.batch_size]
-        found = answer_batch(
-            target,
-            [prompts[i].ids for i in batch],
-            options.max_new_tokens,
-            end_ids,
-            options.temperature,
-            generator,
-            () if store is None else store.layers,
-        )
-        answers.update(zip(batch, found))
-    return [answers[i] for i in range(len(prompts))]
+def _keep_features(
+    store: FeatureStore, target: PreTrainedModel, prompts: list[_Prompt], answers: list[Answer]
+) -> None:
+    """Add features of all but each answer's last token, which nothing is drafted from."""
+    rows = [(p.ids + a.tokens[:-1], a.features) for p, a in zip(prompts, answers)]
+    if any(features is None for _, features in rows):
+        fill_store(store, target, [ids for ids, _ in rows], leave=False)
+    else:
+        store.append(rows)
 
 
 def _state_file(out: Path) -> Path:
@@ -344,15 +225,19 @@ def hold_answers(out: Path) -> IO[bytes]:
     return hold(out)
 
 
-def _resume(out: Path, asked: dict[str, object]) -> int:
-    """How many rows were dealt with before; cuts off what a stopped run left half written."""
+def _resume(out: Path, asked: dict[str, object], total: int, engine: AnswerEngine) -> int:
+    """How many rows were dealt with before; cuts off what a stopped run left half written.
+
+    The engine is started, if there is anything left to do, before a new file is bound to it.
+    """
     state = check_answers(out)
+    if state.get("asked", asked) != asked:
+        raise ValueError(f"{out} was begun with {state['asked']}, expected the same as {asked}.")
+    if state["done"] < total:
+        engine.start()
     if "asked" not in state:
         write_json(_state_file(out), {"asked": asked, **state})
         return 0
-    if state["asked"] != asked:
-        raise ValueError(f"{out} was begun with {state['asked']}, expected the same as {asked}.")
-
     cut_off(out, state["bytes"], lambda line: _is_answer(line, state["done"]))
     return state["done"]
 

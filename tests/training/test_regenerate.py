@@ -11,49 +11,48 @@ from taps_hf.cli import main
 from taps_hf.target import LAST
 from taps_hf.training.conversations import DataReport, DataSource, SourceRow, read_mixture
 from taps_hf.training.encoding import encode_rows
+from taps_hf.training.engines.base import Answer, AnswerEngine
+from taps_hf.training.engines.batched import BatchedEngine
 from taps_hf.training.features import FeatureStore, features_of
-from taps_hf.training.regenerate import RegenerateOptions, answer_batch, regenerate
+from taps_hf.training.regenerate import RegenerateOptions, regenerate
 
-from ..tiny import FAMILIES, prompt, tiny_target
+from ..tiny import tiny_target
 from .chat import CHATML, chat_tokenizer
 
-PROMPTS = [prompt(length, seed=length)[0].tolist() for length in (3, 9, 5, 12, 4)]
-END = {2}
 
+class OneByOne(AnswerEngine):
+    """An engine as simple as can be, which gives no features."""
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layers", [(LAST,), (0,), (1, LAST)])
-def test_greedy_answers_are_those_of_generate(family, layers):
-    target = tiny_target(family)
-    found = answer_batch(target, PROMPTS, 15, END, layers=layers)
-    lengths = set()
-    for ids, answer in zip(PROMPTS, found):
-        ids_tensor = torch.tensor([ids])
-        plain = target.generate(
-            ids_tensor,
-            attention_mask=torch.ones_like(ids_tensor),
-            do_sample=False,
-            max_new_tokens=15,
-            eos_token_id=2,
-            pad_token_id=0,
-        )[0].tolist()
-        assert [*ids, *answer.tokens] == plain
-        lengths.add(len(answer.tokens))
-        expected = features_of(target, torch.tensor([plain[:-1]]), layers=layers)[0]
-        torch.testing.assert_close(answer.features.float(), expected, rtol=2e-2, atol=5e-2)
-    assert family != "llama" or len(lengths) > 1  # rows did leave the batch
+    name = "one by one"
 
+    def __init__(self, target, options: RegenerateOptions) -> None:
+        self.target, self.options = target, options
+        self.starts, self.calls = 0, 0
 
-def test_sampled_answers_follow_the_targets_distribution():
-    target, temperature, count = tiny_target(), 2.0, 4000
-    with torch.no_grad():
-        logits = target(torch.tensor([PROMPTS[0]])).logits[0, -1]
-    expected = (logits / temperature).softmax(0)
-    generator = torch.Generator().manual_seed(0)
-    found = answer_batch(target, [PROMPTS[0]] * count, 1, END, temperature, generator)
-    drawn = torch.tensor([answer.tokens[0] for answer in found])
-    frequency = torch.bincount(drawn, minlength=16) / count
-    assert (frequency - expected).abs().max() < 4 * (0.25 / count) ** 0.5
+    def start(self) -> None:
+        self.starts += 1
+
+    def answer(self, prompts, first):
+        assert self.starts == 1
+        self.calls += 1
+        more = {}
+        if self.options.temperature:
+            more = {"temperature": self.options.temperature, "top_k": 0}
+        answers = []
+        for i, ids in enumerate(prompts):
+            torch.manual_seed(1000 * first + i)
+            given = torch.tensor([ids])
+            tokens = self.target.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                do_sample=bool(more),
+                max_new_tokens=self.options.max_new_tokens,
+                eos_token_id=2,
+                pad_token_id=0,
+                **more,
+            )
+            answers.append(Answer(tokens[0, len(ids) :].tolist(), None))
+        return answers
 
 
 @pytest.fixture
@@ -76,53 +75,109 @@ def named_target():
     return target
 
 
+def batched(target, options: RegenerateOptions) -> BatchedEngine:
+    return BatchedEngine(target, options, {2}, (LAST,))
+
+
+class Stopped(AnswerEngine):
+    """Another engine, until it has answered so often."""
+
+    def __init__(self, engine: AnswerEngine, calls: int) -> None:
+        self.engine, self.left = engine, calls
+
+    @property
+    def asked(self):
+        return self.engine.asked
+
+    def start(self) -> None:
+        self.engine.start()
+
+    def answer(self, prompts, first):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.engine.answer(prompts, first)
+
+
+@pytest.mark.parametrize("engine", [batched, OneByOne])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_stopped_run_goes_on_to_the_same_answers(questions, tmp_path, monkeypatch, temperature):
+def test_a_stopped_run_goes_on_to_the_same_answers(questions, tmp_path, engine, temperature):
     options = RegenerateOptions(
         max_prompt_tokens=20, max_new_tokens=6, temperature=temperature, batch_size=2, chunk_size=4
     )
     tokenizer, target = chat_tokenizer(CHATML), named_target()
+    given = (target, tokenizer, rows_of(questions))
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
-    store = FeatureStore(tmp_path / "features", "tiny", 32)
-    report = regenerate(target, tokenizer, rows_of(questions), whole, options, store)
+    stores = [FeatureStore(tmp_path / name, "tiny", 32) for name in ("features", "others")]
+    report = regenerate(*given, whole, options, stores[0], engine(target, options))
     assert report.used == 9
     assert sum(report.problems.values()) == 2
-    calls = []
 
-    def failing(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return answer_batch(*args, **kwargs)
-
-    monkeypatch.setattr("taps_hf.training.regenerate.answer_batch", failing)
-    with pytest.raises(KeyboardInterrupt):
-        regenerate(target, tokenizer, rows_of(questions), stopped, options)
-    with stopped.open("a") as file:
-        file.write('{"messages": [{"half a li')
-    assert (
-        regenerate(target, tokenizer, rows_of(questions), stopped, options).problems
-        == report.problems
-    )
+    for calls in (0, 1, 0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            regenerate(*given, stopped, options, stores[1], Stopped(engine(target, options), calls))
+        with stopped.open("a") as file:
+            file.write('{"messages": [{"half a li')
+    again = regenerate(*given, stopped, options, stores[1], engine(target, options))
+    assert again.problems == report.problems
     assert stopped.read_text() == whole.read_text()
-    before = len(calls)
-    regenerate(target, tokenizer, rows_of(questions), stopped, options)
-    assert len(calls) == before  # there was nothing left to do
+    written = [(store.folder / "features.bin").read_bytes() for store in stores]
+    assert written[0] == written[1]
+    regenerate(*given, stopped, options, stores[1], Stopped(engine(target, options), 0))  # no more
 
     rows = [json.loads(line) for line in whole.open()]
     assert len(rows) == 9
     for row in rows:
         assert (row["finish_reason"] == "stop") == (row["input_ids"][-1] == 2)
-        assert row["input_ids"][:-1] in store
+        ids = row["input_ids"][:-1]
+        assert row["answer_start"] + options.max_new_tokens >= len(row["input_ids"])
+        expected = features_of(target, torch.tensor([ids]))[0]
+        torch.testing.assert_close(stores[0].read(ids).float(), expected, rtol=2e-2, atol=5e-2)
     read = DataReport()
     examples = encode_rows(tokenizer, read_mixture([DataSource(str(whole))], read), 100, read, [2])
     assert len(examples) == read.used == 9
 
     with pytest.raises(ValueError, match="was begun with"):
         regenerate(target, tokenizer, rows_of(questions), whole, RegenerateOptions())
+    other = OneByOne if engine is batched else batched
+    with pytest.raises(ValueError, match="was begun with"):
+        regenerate(*given, whole, options, stores[0], other(target, options))
     (tmp_path / "whole.jsonl.state.json").unlink()
     with pytest.raises(ValueError, match="expected a new file"):
         regenerate(target, tokenizer, rows_of(questions), whole, options)
+
+
+def test_an_engine_that_cannot_start_binds_no_file(questions, tmp_path):
+    """The next attempt may ask another one, or give it other options."""
+
+    class Broken(OneByOne):
+        def start(self) -> None:
+            raise ValueError("out of order")
+
+    options = RegenerateOptions(max_prompt_tokens=20, max_new_tokens=6)
+    target, out = named_target(), tmp_path / "answers.jsonl"
+    given = (target, chat_tokenizer(CHATML), rows_of(questions), out, options)
+    with pytest.raises(ValueError, match="out of order"):
+        regenerate(*given, engine=Broken(target, options))
+    assert regenerate(*given).used == 9
+    finished = OneByOne(target, options)
+    with pytest.raises(ValueError, match="was begun with"):
+        regenerate(*given, engine=finished)
+    assert finished.starts == 0
+
+
+def test_layers_are_kept_of_answers_without_features(questions, tmp_path):
+    options = RegenerateOptions(max_prompt_tokens=20, max_new_tokens=6, chunk_size=4)
+    target, out = named_target(), tmp_path / "answers.jsonl"
+    store = FeatureStore(tmp_path / "features", "tiny", 32, (1, LAST))
+    given = (target, chat_tokenizer(CHATML), rows_of(questions), out, options, store)
+    regenerate(*given, OneByOne(target, options))
+    rows = [json.loads(line) for line in out.open()]
+    assert len(rows) == 9
+    for row in rows:
+        ids = row["input_ids"][:-1]
+        expected = features_of(target, torch.tensor([ids]), layers=(1, LAST))[0]
+        torch.testing.assert_close(store.read(ids).float(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("done", [0, 4])
