@@ -55,8 +55,9 @@ def both(inputs, seed=None, family="llama", drafters=None, tokens=24, ours=None,
 def assert_same_text(outputs) -> None:
     plain, ours = outputs
     assert torch.equal(plain.sequences, ours.sequences)
-    # A cycle's tree is that of the drafters: rows that were added are nobody's nodes.
-    assert all(cycle.num_nodes <= 2 * TREE.num_nodes for cycle in ours.draft_trace.cycles)
+    # Rows that a pass has in addition are nobody's nodes.
+    most = TREE.num_nodes * len(ours.draft_trace.drafters)
+    assert all(cycle.num_nodes <= most for cycle in ours.draft_trace.cycles)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
