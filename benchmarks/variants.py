@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from models import plain_compiled
@@ -51,7 +51,7 @@ class Variant:
     tree: DynamicTree | None
     lookup: bool = False
     learned: bool = True
-    compile: CompileConfig | None = None
+    compile: CompileConfig | None = field(default=None, hash=False)
 
     def arguments(self, drafters: Mapping[str, Drafter]) -> dict[str, Any]:
         """What `generate` gets."""
