@@ -24,10 +24,10 @@ import decode
 import launches
 import torch
 import transformers
-from models import DRAFTERS
+from models import DRAFTERS, add_compile_option, plain_compiled
 from parts import all_parts, timed
 from settings import command, hardware
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 import taps_hf
 from taps_hf import Confidence, DynamicTree, EagleDrafter, Merged, Single, Strategy
@@ -60,6 +60,7 @@ SHAPES = {
     },
 }
 TREES = (DynamicTree(5, 8, 24), DynamicTree(7, 10, 60))
+PLAIN, COMPILED = "plain `generate`", ", compiled"
 PROMPT = 256  # tokens
 SHORT, LONG = 6, 30  # new tokens of two runs, whose difference is what cycles cost
 
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = [
         f"# What a cycle costs on {'a GPU' if device.type == 'cuda' else 'a CPU'}\n\n"
         f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, taps-hf "
-        f"{taps_hf.__version__}; eager mode.\n\n    {command(argv, 'gpu.py')}"
+        f"{taps_hf.__version__}; eager mode{'' if options.compile is None else ' and compiled'}."
+        f"\n\n    {command(argv, 'gpu.py')}"
     ]
     for part in (_launches, _cycles, _training, _end_to_end):
         started = time.perf_counter()
@@ -97,6 +99,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS, metavar="NAME=PATH")
     parser.add_argument("--prompts", nargs="+", default=decode.PROMPTS, metavar="FILE[:COUNT]")
+    add_compile_option(parser)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args(argv)
     try:
@@ -123,27 +126,30 @@ def _cycles(options: argparse.Namespace, device: torch.device) -> str:
     target = random_target(options.shape, device)
     scored = min(32000, target.config.vocab_size)
     drafters = [EagleDrafter.from_target(target, draft_token_ids=scored).eval() for _ in range(2)]
-    ways: dict[str, tuple[Strategy, DynamicTree] | None] = {"plain `generate`": None}
+    ways: dict[str, tuple[Strategy, DynamicTree] | None] = {PLAIN: None}
     for tree in TREES:
         shown = f"depth {tree.depth}, {tree.num_nodes} nodes"
         ways[f"one drafter, {shown}"] = (Single(0), tree)
         ways[f"two, routed by confidence, {shown}"] = (Confidence(), tree)
         ways[f"two, merged, {shown} verified"] = (Merged(num_nodes=tree.num_nodes), tree)
-    seconds, shares = _cost_of_cycles(target, drafters, ways, options.rounds)
-    plain = seconds["plain `generate`"]
+    seconds, shares = _cost_of_cycles(target, drafters, ways, options.rounds, options.compile)
+    plain = seconds[PLAIN]
+    quickest = seconds.get(PLAIN + COMPILED)
     lines = [
         f"## A target in the shape of {options.shape}\n\nRandom weights, bfloat16, a prompt of "
         f"{PROMPT} tokens; drafters score {scored:,} tokens. Medians of {options.rounds} rounds, "
         "all ways in each; shares of a cycle are of runs in which the host waited for each part.\n",
-        "| | ms a cycle | x plain step | drafting | target | rest |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | ms a cycle | x plain step | x plain step, compiled | drafting | target | rest |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, value in seconds.items():
         cells = ["", "", ""]
         if name in shares:
             drafting, passing = shares[name]
             cells = [f"{share:.0%}" for share in (drafting, passing, 1 - drafting - passing)]
-        lines.append(f"| {name} | {value * 1e3:.2f} | {value / plain:.2f} | {' | '.join(cells)} |")
+        against = "" if quickest is None else f"{value / quickest:.2f}"
+        cells = [name, f"{value * 1e3:.2f}", f"{value / plain:.2f}", against, *cells]
+        lines.append(f"| {' | '.join(cells)} |")
     parts = timed(all_parts(target, drafters, TREES[-1], PROMPT), options.rounds * 2, device)
     lines += ["\n| part, each waited for | ms |", "| --- | --- |"]
     lines += [f"| {name} | {value * 1e3:.2f} |" for name, value in parts.items()]
@@ -155,14 +161,26 @@ def _cost_of_cycles(
     drafters: Sequence[EagleDrafter],
     ways: Mapping[str, tuple[Strategy, DynamicTree] | None],
     rounds: int,
+    compile: CompileConfig | None,
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Seconds a cycle of every way, and the shares of drafting and of the target's pass."""
+    """Seconds a cycle of every way, and the shares of drafting and of the target's pass.
+
+    With `compile` of every way compiled, too.
+    """
     device = target.device
     inputs = torch.arange(PROMPT, device=device)[None] * 7 % target.config.vocab_size
 
+    names = [*ways]
+    if compile is not None:
+        names += [name + COMPILED for name in ways]
+
     def generate(name: str, tokens: int, **more: Any) -> Any:
-        if (way := ways[name]) is not None:
+        is_compiled = name.endswith(COMPILED)
+        if (way := ways[name.removesuffix(COMPILED)]) is None:
+            more |= plain_compiled(compile) if is_compiled else {}
+        else:
             strategy, tree = way
+            more |= {"compile": compile} if is_compiled else {}
             used = list(drafters[:1] if isinstance(strategy, Single) else drafters)
             more |= {"assistant_models": used, "strategy": strategy, "tree": tree}
         mask = torch.ones_like(inputs)
@@ -171,7 +189,7 @@ def _cost_of_cycles(
 
     # Apart from what is timed: to know how long its parts take, the host waits for them.
     cycles, shares = {}, {}
-    for name in ways:
+    for name in names:
         counts = []
         for tokens in (SHORT, LONG):
             out = generate(name, tokens, return_dict_in_generate=True)
@@ -181,9 +199,9 @@ def _cost_of_cycles(
         if trace is not None:
             whole = sum(trace.seconds[phase] for phase in ("draft", "target", "rest"))
             shares[name] = trace.seconds["draft"] / whole, trace.seconds["target"] / whole
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name in ways:
+        for name in names:
             times = []
             for tokens in (SHORT, LONG):
                 start = now(device)
@@ -203,6 +221,8 @@ def _end_to_end(options: argparse.Namespace, device: torch.device) -> str:
     arguments = ["--device", options.device, "--dtype", "bfloat16", "--max-new-tokens", "96"]
     arguments += ["--trees", "5,8,24", "--drafters", *options.drafters]
     arguments += ["--prompts", *options.prompts]
+    if (config := options.compile) is not None:
+        arguments += ["--compile", ":".join(filter(None, (config.backend, config.mode)))]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         decode.main(arguments)
     return "## SmolLM2-135M-Instruct with trained drafters, end to end\n\n" + printed.getvalue()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from taps_hf import EagleDrafter
@@ -38,6 +45,31 @@ def check_model_options(parser: argparse.ArgumentParser, options: argparse.Names
         check_device(options.device)
     except ValueError as error:
         parser.error(str(error))
+
+
+def add_compile_option(parser: argparse.ArgumentParser) -> None:
+    """Add what has compiled ways measured beside the others."""
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        type=_compile_config,
+        const="inductor:reduce-overhead",
+        metavar="BACKEND[:MODE]",
+        help="measure every way compiled, too, plain generate with a static cache among them "
+        "(without a value: inductor:reduce-overhead)",
+    )
+
+
+def _compile_config(text: str) -> CompileConfig:
+    backend, _, mode = text.partition(":")
+    return CompileConfig(backend=backend, mode=mode or None, fullgraph=True)
+
+
+def plain_compiled(config: CompileConfig) -> dict[str, Any]:
+    """What plain `generate` gets to run compiled, on a CPU as well."""
+    everywhere = copy.copy(config)
+    everywhere._compile_all_devices = True  # as transformers' own tests set it
+    return {"cache_implementation": "static", "compile_config": everywhere}
 
 
 def load_small_model(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from models import plain_compiled
+from transformers import CompileConfig
 
 from taps_hf import Auto, Confidence, DynamicTree, Merged, Single, Strategy
 from taps_hf.drafters.base import Drafter
@@ -25,6 +28,7 @@ STRATEGIES = (
     "concatenated",
 )
 ASSISTANT = "assistant-model"  # only with a small language model
+PLAIN_COMPILED = "plain, compiled"
 PROMPT_LOOKUP = 10  # tokens that transformers' prompt lookup proposes, as its documentation does
 
 
@@ -39,6 +43,7 @@ class Variant:
         tree: of each drafter; None for the strategy's own.
         lookup: whether a lookup is added to the drafters.
         learned: whether drafters that were trained are used at all.
+        compile: how its passes are compiled; None if they are not.
     """
 
     name: str
@@ -46,23 +51,28 @@ class Variant:
     tree: DynamicTree | None
     lookup: bool = False
     learned: bool = True
+    compile: CompileConfig | None = field(default=None, hash=False)
 
     def arguments(self, drafters: Mapping[str, Drafter]) -> dict[str, Any]:
         """What `generate` gets."""
+        if self.name == PLAIN_COMPILED:
+            return plain_compiled(self.compile)
         if self.name == ASSISTANT:
             (small,) = (x for x in drafters.values() if isinstance(x, CausalDrafter))
             return {"assistant_model": small.model}
         if self.strategy is None:
             return {"prompt_lookup_num_tokens": PROMPT_LOOKUP}
-        tree = {} if self.tree is None else {"tree": self.tree}
+        more: dict[str, Any] = {} if self.tree is None else {"tree": self.tree}
+        if self.compile is not None:
+            more["compile"] = self.compile
         if isinstance(self.strategy, Single):  # others would not draft, but read along
             name = list(drafters)[self.strategy.index]
-            return {"assistant_models": [drafters[name]], **tree}
+            return {"assistant_models": [drafters[name]], **more}
         return {
             "assistant_models": drafters if self.learned else [],
             "strategy": self.strategy,
             "lookup": self.lookup,
-            **tree,
+            **more,
         }
 
 
@@ -70,6 +80,7 @@ def variants(
     drafters: Sequence[str],
     trees: Sequence[tuple[int, int, int]],
     strategies: Sequence[str] = STRATEGIES,
+    compile: CompileConfig | None = None,
 ) -> list[Variant]:
     """Every strategy, with every tree where it has not its own; of one drafter only `single`.
 
@@ -81,6 +92,7 @@ def variants(
             lookups, "lookup" auto with nothing else. "merged" verifies the union of all trees, up
             to num_nodes for each drafter; "merged-equal-budget" the num_nodes best of it, and
             "merged-with-lookup" those of a lookup's tree as well.
+        compile: if given, every way that is ours once more with it, and plain `generate`.
     """
     found = []
     if "auto" in strategies:
@@ -114,4 +126,8 @@ def variants(
         if "merged-with-lookup" in strategies:
             way = Merged(num_nodes=num_nodes)
             found.append(Variant(f"merged-with-lookup {label}", way, tree, lookup=True))
+    if compile is not None:
+        ours = [way for way in found if way.strategy is not None]
+        found += [replace(way, name=f"{way.name}, compiled", compile=compile) for way in ours]
+        found.append(Variant(PLAIN_COMPILED, None, None, compile=compile))
     return found

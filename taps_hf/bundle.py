@@ -47,7 +47,7 @@ def generate(model, *args, **kwargs):
         model: the target.
         assistant_models: a drafter, a list of them, or a dictionary from names to them: folders or
             repositories of the Hub, in any format that taps-hf reads.
-        strategy, tree, verification, on_cycle, output_draft_trees: as there.
+        strategy, tree, verification, on_cycle, output_draft_trees, compile: as there.
     """
     return speculative_generate(model, *args, **kwargs)
 '''

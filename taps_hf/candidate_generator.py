@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from .compiled.settings import Compilation
 from .drafters.base import Drafter, DraftRequest
 from .drafters.ensemble import Ensemble, ensemble_for, free_among, lay_by, layers_read
 from .measuring import learnt_costs
@@ -39,6 +40,7 @@ class TreeCandidateGenerator(CandidateGenerator):
         cache: the target's. Drafters that drafted when it was filled go on with what they know.
         costs: what the strategy is given as the costs here; by default they are measured when it
             asks.
+        compilation: how passes are compiled; None if they are not.
     """
 
     requires_model_outputs = True
@@ -55,6 +57,7 @@ class TreeCandidateGenerator(CandidateGenerator):
         with_entropy: bool = False,
         cache: Cache | None = None,
         costs: Callable[[], LearntCosts] | None = None,
+        compilation: Compilation | None = None,
     ) -> None:
         self.shape = tree
         self.max_length = max_length
@@ -62,7 +65,7 @@ class TreeCandidateGenerator(CandidateGenerator):
         self._vocab_size = target.config.get_text_config(decoder=True).vocab_size
         self._sample_temperature = sample_temperature
         self._with_entropy = with_entropy or strategy.needs_entropy
-        measure = costs or (lambda: learnt_costs(target, drafters, tree))
+        measure = costs or (lambda: learnt_costs(target, drafters, tree, compilation=compilation))
         serials = tuple(drafter.serial_number for drafter in drafters)
         context = GenerationContext(
             len(drafters),

@@ -16,7 +16,15 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from .formats.names import with_loaded
 from .generation import SpeculativeDecoding
 
-_SETTINGS = ("strategy", "tree", "verification", "output_draft_trees", "on_cycle", "lookup")
+_SETTINGS = (
+    "strategy",
+    "tree",
+    "verification",
+    "output_draft_trees",
+    "on_cycle",
+    "lookup",
+    "compile",
+)
 _MARK = "_taps_hf_original"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
@@ -22,6 +23,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache import CACHE
 from .candidate_generator import TreeCandidateGenerator
+from .compiled.session import target_session
+from .compiled.settings import (
+    Compilation,
+    check_compilable,
+    check_config,
+    compilation_for,
+    resolve,
+)
 from .drafters.base import Drafter
 from .drafters.ensemble import layers_read
 from .strategies import Auto, Strategy, get_strategy
@@ -72,6 +81,9 @@ class SpeculativeDecoding:
         lookup: whether a [`PromptLookup`] is added to the drafters, unless there is one among them.
             Default: with "auto", which is asked for proposals that cost nothing.
         tokenizer: if given, drafters are checked to have been trained with its vocabulary.
+        compile: whether cycles run as compiled graphs (docs/performance.md, "Compiled"): True for
+            `generate`'s `compile_config`, or one that fits, or a `CompileConfig`. The first answer
+            waits for the graphs to be made; they are kept with the target.
 
     Raises:
         ValueError: for settings that are unknown or do not go together.
@@ -88,6 +100,7 @@ class SpeculativeDecoding:
         tokenizer: PreTrainedTokenizerBase | None = None,
         on_cycle: Callable[[CycleTrace], None] | None = None,
         lookup: bool | None = None,
+        compile: bool | CompileConfig = False,
     ) -> None:
         given = named_drafters(assistant_models)
         if not (lookup is None or isinstance(lookup, bool)):
@@ -103,6 +116,8 @@ class SpeculativeDecoding:
         self.output_draft_trees = output_draft_trees
         self.streamer = streamer
         self.on_cycle = on_cycle
+        self.compile = compile
+        check_config(compile)
         check_settings(self.drafters, self.strategy, self.tree, verification)
         if on_cycle is not None and not callable(on_cycle):
             raise ValueError(f"`on_cycle` is {on_cycle!r}, expected a function of a CycleTrace.")
@@ -112,6 +127,8 @@ class SpeculativeDecoding:
     def check(self, model: PreTrainedModel) -> None:
         """Raise `ValueError` unless `model` can be accelerated by these drafters."""
         check_target(model)
+        if self.compile:
+            check_compilable(model)
         for name, drafter in self.drafters.items():
             check_drafter(name, drafter, model)
 
@@ -157,7 +174,10 @@ class SpeculativeDecoding:
             on_token=None if streamer is None else streamer.put,
         )
         layers = layers_read(self.drafters.values())
-        with TargetSession(model, input_ids, generation_config, model_kwargs, layers) as target:
+        compilation = self._compilation(model, generation_config)
+        with target_session(
+            model, input_ids, generation_config, model_kwargs, layers, compilation
+        ) as target:
             drafting = TreeCandidateGenerator(
                 model,
                 list(self.drafters.values()),
@@ -167,6 +187,7 @@ class SpeculativeDecoding:
                 sample_temperature,
                 with_entropy=recorded and self.output_draft_trees,
                 cache=cache,
+                compilation=compilation,
             )
             recorder = Recorder(
                 self.drafters, target.device, recorded, self.output_draft_trees, self.on_cycle
@@ -184,6 +205,16 @@ class SpeculativeDecoding:
             draft_trace=recorder.trace,
             **{CACHE: cache},
         )
+
+    def _compilation(
+        self, model: PreTrainedModel, generation_config: GenerationConfig
+    ) -> Compilation | None:
+        if not self.compile:
+            return None
+        config = resolve(self.compile, generation_config)
+        check_config(config)
+        nodes, drafters = self.tree.num_nodes, len(self.drafters)
+        return compilation_for(config, model, generation_config.max_length, nodes, drafters)
 
 
 def _default_strategy(drafters: Sequence[Drafter], verification: str, lookup: bool) -> str:

@@ -13,6 +13,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import CACHE
+from .compiled.session import make_graphs, target_session
+from .compiled.settings import Compilation, rounded_widths
 from .drafters.base import Drafter, DraftRequest
 from .drafters.ensemble import Ensemble, layers_read
 from .strategies.costs import Costs, DraftCost, LearntCosts, ascending
@@ -24,6 +26,7 @@ from .trees.tree import DraftTree
 WIDTHS = (1, 16, 17, 32, 33, 8, 64, 48, 49, 4, 65, 96, 2, 12, 24, 128)
 _PAST = 64  # tokens before the root while measuring, unless the target takes fewer
 _SECONDS = 1.6  # in all; one pass of each kind is made even if that takes longer
+_MOST_COMPILED = 64  # rows: wider graphs, which take long to make, only if a tree needs them
 _ROUNDS = 3  # that widths are chosen for
 _MOST_KEPT = 64  # costs of a target: of ever other drafters
 
@@ -59,26 +62,39 @@ def learnt_costs(
     drafters: Sequence[Drafter],
     tree: TreeShape,
     refresh: bool = False,
+    compilation: Compilation | None = None,
 ) -> LearntCosts:
-    """What [`measure_costs`] measures, once, and what generations with `auto` learn thereafter."""
+    """What [`measure_costs`] measures, once, and what generations with `auto` learn thereafter.
+
+    With `compilation` those of compiled passes, whose graphs are all made first.
+    """
+    if compilation is not None:  # outside of the lock: it may take minutes
+        rows = min(_most_rows(drafters, tree), _MOST_COMPILED)
+        make_graphs(target, layers_read(drafters), compilation, rows)
     key = (
         tuple((type(drafter), drafter.run_key()) for drafter in drafters),
         _tree_key(tree),
         target.dtype,
         target.device,
         torch.get_num_threads(),
+        None if compilation is None else compilation.key,
     )
     with _lock:
         kept = _measured.setdefault(target, {})
         if refresh or key not in kept:
-            kept[key] = LearntCosts(_measure(target, drafters, tree))
+            kept[key] = LearntCosts(_measure(target, drafters, tree, compilation))
             while len(kept) > _MOST_KEPT:
                 del kept[next(iter(kept))]
         return kept[key]
 
 
 @torch.no_grad()
-def _measure(target: PreTrainedModel, drafters: Sequence[Drafter], tree: TreeShape) -> Costs:
+def _measure(
+    target: PreTrainedModel,
+    drafters: Sequence[Drafter],
+    tree: TreeShape,
+    compilation: Compilation | None = None,
+) -> Costs:
     device = target.get_input_embeddings().weight.device
     vocabulary = target.get_input_embeddings().weight.shape[0]
     config = target.config.get_text_config(decoder=True)
@@ -88,14 +104,17 @@ def _measure(target: PreTrainedModel, drafters: Sequence[Drafter], tree: TreeSha
     ids = (torch.arange(past + 1, device=device) % vocabulary)[None]
     cache = DynamicCache(config=config)
     ensemble = Ensemble(drafters, target)
-    session = TargetSession(target, ids, GenerationConfig(), {CACHE: cache}, layers_read(drafters))
+    session = target_session(
+        target, ids, GenerationConfig(), {CACHE: cache}, layers_read(drafters), compilation
+    )
     tokens, states = session.prefill()
 
-    most = tree.num_nodes * len(drafters) + 1
-    passes = {
-        ("target", width): _target_run(session, ids[0, -1:], width)
-        for width in widths_to_measure(most, _pass_seconds(session, ids[0, -1:]))
-    }
+    most = _most_rows(drafters, tree)
+    if compilation is None:
+        widths = widths_to_measure(most, _pass_seconds(session, ids[0, -1:]))
+    else:  # each of them is a graph
+        widths = rounded_widths(min(most, _MOST_COMPILED))
+    passes = {("target", width): _target_run(session, ids[0, -1:], width) for width in widths}
     drafts: dict[tuple, Callable[[], None]] = {}
     for number, group in enumerate(ensemble.groups):
         for asked in {1, len(group)}:
@@ -119,7 +138,12 @@ def _measure(target: PreTrainedModel, drafters: Sequence[Drafter], tree: TreeSha
         tuple(ensemble.groups),
         tuple(draft_cost(number, 1) for number in range(len(ensemble.groups))),
         tuple(draft_cost(number, len(group)) for number, group in enumerate(ensemble.groups)),
+        () if compilation is None else rounded_widths(most),
     )
+
+
+def _most_rows(drafters: Sequence[Drafter], tree: TreeShape) -> int:
+    return tree.num_nodes * len(drafters) + 1
 
 
 def _pass_seconds(session: TargetSession, token: torch.Tensor) -> float:

@@ -72,7 +72,7 @@ def recording_decoder(
     return decoder, recorder
 
 
-def _recording(
+def recording(
     model: PreTrainedModel, layers: Collection[int]
 ) -> tuple[PreTrainedModel, StateRecorder]:
     """A shell around the modules of `model`, for one generation, and the recorder inside it.
@@ -193,13 +193,11 @@ class TargetSession:
     ) -> None:
         self.model = model
         self._layers = tuple(layers)
-        self._shell, self._recorder = _recording(model, layers)
+        self._shell, self._recorder = recording(model, layers)
         self.device = model.get_input_embeddings().weight.device
         self._prefill_chunk_size = generation_config.prefill_chunk_size
         config = model.config.get_text_config(decoder=True)
-        windowed = masks_windows(model)
-        self._window = getattr(config, "sliding_window", None) if windowed else None
-        self._layer_types = _layer_types(config) if windowed else {"full_attention": 0}
+        self._window, self._layer_types = attention_of(model)
         mask = model_kwargs.get("attention_mask")
         cache = model_kwargs[CACHE]
         past = cache.get_seq_length()
@@ -399,10 +397,13 @@ def masks_windows(model: PreTrainedModel) -> bool:
     return any(getattr(module, "sliding_window", None) for module in decoder.modules())
 
 
-def _layer_types(config: Any) -> dict[str, int]:
-    """Each attention type of a decoder and the index of the first layer that has it."""
+def attention_of(model: PreTrainedModel) -> tuple[int | None, dict[str, int]]:
+    """How far back windowed layers see, themselves included; the first layer of each type."""
+    config = model.config.get_text_config(decoder=True)
+    if not masks_windows(model):
+        return None, {"full_attention": 0}
+    window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
-        sliding = getattr(config, "sliding_window", None) is not None
-        types = ["sliding_attention" if sliding else "full_attention"]
-    return {layer_type: types.index(layer_type) for layer_type in dict.fromkeys(types)}
+        types = ["full_attention" if window is None else "sliding_attention"]
+    return window, {layer_type: types.index(layer_type) for layer_type in dict.fromkeys(types)}

@@ -268,6 +268,17 @@ def test_main_writes_a_table_and_resumes(models, questions, tmp_path, capsys, mo
             decode.main([*command, *more, option, value])
 
 
+def test_every_way_compiled(models, questions, capsys):
+    command = [*models, "--max-new-tokens", "6", "--trees", "2,4,4", "--prompts", f"{questions}:1"]
+    ways = ["--strategies", "single", "prompt-lookup", "--compile", "eager"]
+    assert decode.main([*command, *ways]) == 0
+    table = capsys.readouterr().out
+    for name in ("single math 2,4,4", "single math 2,4,4, compiled", "plain, compiled"):
+        assert f"| {name} | " in table
+    assert "prompt-lookup, compiled" not in table  # that is not ours
+    assert "0 of 6 answers differ" in table
+
+
 def test_main_with_a_small_language_model(models, questions, capsys):
     target = models[models.index("--target") + 1]
     command = ["--target", target, "--small-model", target, "--max-new-tokens", "6"]
@@ -479,8 +490,13 @@ def test_everything_measured_on_a_gpu_can_be_tried_without(monkeypatch, capsys, 
     monkeypatch.setattr(launches, "LAYERS", 1)
     monkeypatch.setattr(gpu, "TREES", gpu.TREES[:1])
     monkeypatch.setattr(gpu, "LONG", 10)
+    monkeypatch.setitem(gpu.SHAPES["tiny"], "num_hidden_layers", 1)
     monkeypatch.setattr(gpu.decode, "main", lambda arguments: print(" ".join(arguments)))
-    gpu.main(["--device", "cpu", "--shape", "tiny", "--rounds", "1"])
+    compiled = ["--compile", "eager"]
+    gpu.main(["--device", "cpu", "--shape", "tiny", "--rounds", "1", *compiled])
     shown = capsys.readouterr().out
     for part in ("What is launched", "one drafter", "end to end", "| hass |"):
         assert part in shown
+    assert "| plain `generate`, compiled | " in shown
+    assert "nodes verified, compiled | " in shown
+    assert "--compile eager" in shown  # handed on

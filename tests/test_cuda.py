@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -74,6 +75,44 @@ def test_lower_precision_runs(dtype: torch.dtype):
     )
     assert out.sequences.shape == (1, 33)
     assert out.draft_trace.accepted_length > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("strategy", ["merged", "auto"])
+def test_compiled_cycles(family: str, strategy: str):
+    """With CUDA graphs: the next pass overwrites what one returned."""
+    target, drafters = moved(family)
+    ours = {"assistant_models": list(drafters), "strategy": strategy, "tree": TREE}
+    for seed in (None, 0, 1):
+        plain, found = answers(target, prompt().cuda(), seed, **ours, compile=True)
+        assert torch.equal(plain, found)
+
+
+def test_compiled_cycles_in_another_thread():
+    """As streaming has them: torch keeps CUDA graphs by thread."""
+    target, drafters = moved()
+    expected = target.generate(prompt().cuda(), max_new_tokens=24, do_sample=False)
+    found = []
+
+    def answer() -> None:
+        for _ in range(2):
+            out = target.generate(
+                prompt().cuda(),
+                max_new_tokens=24,
+                do_sample=False,
+                assistant_models=list(drafters),
+                strategy="merged",
+                tree=TREE,
+                compile=True,
+            )
+            found.append(out)
+
+    answer()
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(out, expected) for out in found)
 
 
 def test_drafters_on_the_cpu_serve_a_target_on_the_gpu():

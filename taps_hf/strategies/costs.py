@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,16 +32,24 @@ class Costs:
         groups: indices of the drafters that run as one.
         one: for each group, when one of it drafts.
         all: for each group, when all of it draft.
+        widths: if passes are made wider, to one of a few widths, these, ascending: then nodes cost
+            nothing up to the next. Empty where every number of rows has its own pass.
     """
 
     target: tuple[tuple[int, float], ...]
     groups: tuple[tuple[int, ...], ...]
     one: tuple[DraftCost, ...]
     all: tuple[DraftCost, ...]
+    widths: tuple[int, ...] = ()
+
+    def rows_run(self, rows: int) -> int:
+        """How many rows a pass over so many has."""
+        at = bisect_left(self.widths, rows)
+        return self.widths[at] if at < len(self.widths) else rows
 
     def target_seconds(self, rows: int) -> float:
         """A pass of the target over so many rows: linear between and beyond what was measured."""
-        points = self.target
+        points, rows = self.target, self.rows_run(rows)
         if len(points) == 1:
             return points[0][1]
         after = bisect_right([width for width, _ in points], rows)
@@ -104,7 +112,8 @@ class LearntCosts:
             if self._pace is None:
                 self._pace = ratio
             relative = self._learn(
-                ratio, [(self._passes[i], share) for i, share in self._shares(rows)]
+                ratio,
+                [(self._passes[i], x) for i, x in self._shares(self.measured.rows_run(rows))],
             )
             if asked:
                 draft = self.measured.draft(asked)
@@ -125,7 +134,8 @@ class LearntCosts:
             tuple(DraftCost(cost.first * drafts, cost.level * drafts) for cost in costs)
             for costs in (self.measured.one, self.measured.all)
         )
-        return Costs(ascending(target), self.measured.groups, one, everyone)
+        known = self.measured
+        return Costs(ascending(target), known.groups, one, everyone, known.widths)
 
     def _learn(self, ratio: float, where: Sequence[tuple[list[float], float]]) -> float:
         """Add seconds over those measured to what is known; returns them relative to the pace."""

@@ -1,0 +1,1 @@
+"""Cycles as compiled graphs of fixed shapes (`generate(..., compile=True)`)."""
