@@ -65,6 +65,7 @@ class ComposedProposer(EagleProposer):
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner=runner)
+        self._draft_to_the_end()
         if device.type == "cpu":
             mend()
         self.runner = runner
@@ -73,6 +74,23 @@ class ComposedProposer(EagleProposer):
         self._slots = Slots(self.max_batch_size)
         self._picks: list[torch.Tensor] = []  # by step, (n,)
         self._rows: dict[str, int] = {}  # of the last proposal, by request
+
+    def _draft_to_the_end(self) -> None:
+        """Have the runner ask for drafts until a request is as long as the target's may be.
+
+        It asks for none, of any request in a batch, when one of them is a draft away from the
+        drafters' longest: it puts zeros there, which nobody has drafted and vLLM counts, and
+        drafters never see the tokens of these steps. Nothing requires that here: what a draft
+        has beyond the end is neither written to a cache nor verified.
+        """
+        asked = self.speculative_config.max_model_len
+        if asked is not None and asked < self.max_model_len:
+            raise ValueError(
+                f"`max_model_len` of the speculative configuration is {asked}, expected none: "
+                f"drafters draft for all of the target's {self.max_model_len} tokens."
+            )
+        longest = self.max_model_len + self.num_speculative_tokens
+        self.draft_model_config.max_model_len = longest
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """As the base class, and then the rows of the target's head that drafters score."""
@@ -92,7 +110,7 @@ class ComposedProposer(EagleProposer):
         requests = list(self.runner.input_batch.req_ids)
         self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
         if self.model.composition.routing == "request":
-            slots, new = self._slots.of(requests)
+            slots, new = self._slots.of(requests, self.runner.requests)
             self.model.follow(
                 *(torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, new))
             )

@@ -20,6 +20,7 @@ from .served import (
     SMALL_VOCAB,
     assert_as_ours,
     chain,
+    compose_small,
     drafted_by,
     encoded,
     save_small_target,
@@ -156,11 +157,7 @@ def test_sampled_drafts_are_accepted(results):
 def test_sampled_texts_have_the_distribution_of_the_target(tmp_path):
     """Thousands of answers of three tokens, among sixteen; the second and third may be drafted."""
     target = save_small_target(tmp_path / "small")
-    drafters = {}
-    for seed, name in enumerate(("a", "b")):
-        torch.manual_seed(seed)
-        drafters[name] = EagleDrafter.from_target(target, fc_bias=True).eval()
-    export_composed(drafters, tmp_path / "composed", target)
+    compose_small(tmp_path / "composed", target)
     job = {
         "model": str(tmp_path / "small"),
         "prompts": [[3, 1, 4, 1, 5, 9, 2, 6]] * ANSWERS,
