@@ -2,7 +2,7 @@
 
 Its hidden states are those of the K drafters side by side, (n, K * hidden). Each drafter has an
 attention layer of vLLM's with an index of its own, behind those of the target, and so a key-value
-cache of its own.
+cache of its own. What they compute is in `stacked` (EAGLE-2, HASS) and `stacked3` (EAGLE-3).
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats.composed import Composition
+from ..formats.composition import Composition
 from ..formats.reading import EXTRA
+from .heads import StackedHead
 from .routing import Best, Evidence, best_tokens, chosen, surest
-from .stacked import Part, StackedTrunks, TrunkShape
+from .stacked import StackedTrunks
+from .stacked3 import StackedEagle3
+from .stacks import LayerShape, Loading, Part, by_drafter
 from .versions import check_version
 
 check_version()  # before anything that another version may have moved
@@ -55,22 +58,27 @@ class ComposedTrunks(nn.Module):
         config = vllm_config.speculative_config.draft_model_config.hf_config
         composition = Composition.of(getattr(config, EXTRA, None))
         part = Part(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        shape = TrunkShape(
+        dialect = composition.eagle3
+        shape = LayerShape(
             hidden=composition.hidden_size,
             middle=config.intermediate_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head=config.head_dim,
             eps=config.rms_norm_eps,
-            input_norm=composition.input_norm,
             qkv_bias=composition.qkv_bias,
+            qk_norm=dialect is not None and dialect.qk_norm,
         )
-        count = len(composition.names)
         # The target's takes its place when both are loaded.
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, shape.hidden, prefix=f"{prefix}.embed_tokens"
         )
-        self.trunks = StackedTrunks(count, shape, any(composition.fc_biases), part)
+        self.trunks: StackedTrunks | StackedEagle3
+        if dialect is None:
+            biases, norm = composition.fc_biases, composition.input_norm
+            self.trunks = StackedTrunks(shape, biases, norm, part)
+        else:
+            self.trunks = StackedEagle3(shape, dialect, part)
         self.rotary = get_rope(
             shape.head,
             max_position=config.max_position_embeddings,
@@ -83,11 +91,11 @@ class ComposedTrunks(nn.Module):
                 shape.heads // part.size,
                 shape.head,
                 shape.head**-0.5,
-                num_kv_heads=self.trunks.kv_size // shape.head,
+                num_kv_heads=self.trunks.layer.kv_size // shape.head,
                 cache_config=vllm_config.cache_config,
                 prefix=f"{prefix}.layers.{behind + k}.self_attn.attn",
             )
-            for k in range(count)
+            for k in range(self.trunks.count)
         )
 
     def forward(
@@ -108,12 +116,11 @@ class ComposedTrunks(nn.Module):
             )
 
         embeds = self.embed_tokens(input_ids)
-        found = self.trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
-        return found, found
+        return self.trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
 
 
-class EagleTapsForCausalLM(nn.Module):
-    """Drafters that propose together.
+class ComposedForCausalLM(nn.Module):
+    """Drafters that propose together, of a composed folder of either architecture.
 
     Args:
         vllm_config: as [`ComposedTrunks`].
@@ -137,12 +144,7 @@ class EagleTapsForCausalLM(nn.Module):
             vllm_config=vllm_config, prefix=f"{prefix}.model" if prefix else "model"
         )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
-        sizes = self.composition.draft_vocab_sizes
-        # (K, scored) int64; None where all tokens are scored.
-        ids = None if sizes is None else torch.zeros(self.count, max(sizes), dtype=torch.int64)
-        self.register_buffer("token_ids", ids)
-        self.rows: torch.Tensor | None = None  # (K, scored, hidden), of the target's head
-        self.unscored: torch.Tensor | None = None  # (K, 1, scored) bool, where sizes differ
+        self.head = _head(self.composition, self.config)
         self.evidence: Evidence | None = None
         self.slots: torch.Tensor | None = None
         self.picks: torch.Tensor | None = None
@@ -164,18 +166,22 @@ class EagleTapsForCausalLM(nn.Module):
             raise ValueError("The drafters read tokens, but vLLM gives embeddings (of images?).")
         return self.model(input_ids, positions, hidden_states)
 
-    def take_head(self, most_requests: int) -> None:
-        """Copy the rows of the target's head that are scored, when vLLM has shared that.
+    def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(n, K * hidden): what the drafters make of what vLLM gives them of the target."""
+        return self.model.trunks.combine(hidden_states)
+
+    def begin(self, most_requests: int) -> None:
+        """Get ready, when the drafters are loaded and vLLM has shared the target's head.
 
         Args:
             most_requests: in a batch, of which routing per request remembers each.
         """
-        device = self.model.trunks.fc.weight.device
         if self.composition.routing == "request":
+            device = self.model.trunks.fc.weight.device
             self.evidence = Evidence(self.count, most_requests, device)
-        if self.token_ids is None:
+        if self.head is None or self.head.own:
             return
-        head = self.lm_head
+        head, ids = self.lm_head, self.head.token_ids
         if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             raise ValueError(
                 f"The target's head is quantised ({type(head.quant_method).__name__}), but "
@@ -185,13 +191,10 @@ class EagleTapsForCausalLM(nn.Module):
         first, last = (
             getattr(head.shard_indices, f"org_vocab_{edge}_index") for edge in ("start", "end")
         )
-        here = (self.token_ids >= first) & (self.token_ids < last)
-        local = (self.token_ids - first).clamp(0, last - first - 1)
+        here = (ids >= first) & (ids < last)
+        local = (ids - first).clamp(0, last - first - 1)
         rows = head.weight.data[local] * here[..., None].to(head.weight.dtype)
-        self.rows = tensor_model_parallel_all_reduce(rows).contiguous()
-        sizes = torch.tensor(self.composition.draft_vocab_sizes, device=device)
-        unscored = torch.arange(self.token_ids.shape[1], device=device) >= sizes[:, None, None]
-        self.unscored = unscored if bool(unscored.any()) else None
+        self.head.copy_rows(tensor_model_parallel_all_reduce(rows))
 
     def follow(self, slots: torch.Tensor, new: torch.Tensor) -> None:
         """Say whose the next rows are, for routing per request.
@@ -202,6 +205,11 @@ class EagleTapsForCausalLM(nn.Module):
         """
         self.evidence.forget(new)
         self.slots = slots
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """(K, scored) int64; None where all tokens are scored."""
+        return None if self.head is None else self.head.token_ids
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n,) int64: the token that is proposed after each row of (n, K * hidden)."""
@@ -227,28 +235,33 @@ class EagleTapsForCausalLM(nn.Module):
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(K, n, scored)."""
-        each = hidden_states.view(len(hidden_states), self.count, -1).transpose(0, 1)
-        if self.rows is None:
-            logits = self.logits_processor(self.lm_head, each.flatten(0, 1))
-            return logits.view(self.count, len(hidden_states), -1)
-        logits = torch.bmm(each, self.rows.transpose(1, 2))
-        return logits if self.unscored is None else logits.masked_fill(self.unscored, -torch.inf)
+        each = by_drafter(hidden_states, self.count)
+        if self.head is not None:
+            return self.head(each)
+        logits = self.logits_processor(self.lm_head, each.flatten(0, 1))
+        return logits.view(self.count, len(hidden_states), -1)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take the tensors of a folder; returns the names of the parameters that have them."""
-        sizes = self.composition.draft_vocab_sizes
+        parts = [self.model.trunks] if self.head is None else [self.model.trunks, self.head]
+        loading = Loading(self.count, *parts)
         for name, tensor in weights:
             found = _NAME.fullmatch(name)
             if found is None:
                 raise ValueError(f"{name} is no tensor of composed drafters.")
-            drafter, inner = int(found[1]), found[2]
-            if inner == "draft_token_ids" and sizes is not None:
-                self.token_ids[drafter, : sizes[drafter]] = tensor
-            else:
-                self.model.trunks.load(drafter, inner, tensor)
-        self.model.trunks.check_loaded(self.composition.fc_biases)
-        # vLLM asks for all parameters, also for the embedding, whose place the target's takes.
+            loading.take(int(found[1]), found[2], tensor)
+        loading.check()
+        # vLLM asks for all parameters, also for those whose place the target's take.
         return {name for name, _ in self.named_parameters()}
+
+
+def _head(composition: Composition, config: Any) -> StackedHead | None:
+    """Of drafters that score with rows of their own, or with some of the target's."""
+    sizes, own = composition.draft_vocab_sizes, composition.eagle3 is not None
+    if sizes is None and not own:
+        return None
+    every = (config.vocab_size,) * len(composition.names)
+    return StackedHead(composition.hidden_size, sizes or every, sizes is not None, own)
 
 
 def _check(composition: Composition, config: Any, vllm_config: VllmConfig) -> None:
@@ -264,6 +277,18 @@ def _check(composition: Composition, config: Any, vllm_config: VllmConfig) -> No
                 f"The target's `{name}` is {found}, but the drafters' is {expected}: they were "
                 f"made for {trained_for}."
             )
+    asked = vllm_config.speculative_config.method
+    if asked != composition.method:
+        raise ValueError(
+            f"`method` of the speculative configuration is {asked!r}, expected "
+            f"{composition.method!r} for these drafters."
+        )
+    layers = target.get_total_num_hidden_layers()
+    if composition.eagle3 is not None and composition.eagle3.read[-1] > layers:
+        raise ValueError(
+            f"The drafters read `hidden_states` {composition.eagle3.read} of the target, which has "
+            f"{layers} layers: they were made for {trained_for}."
+        )
     if config.hidden_size != len(composition.names) * composition.hidden_size:
         raise ValueError(
             f"`hidden_size` is {config.hidden_size}, expected {composition.hidden_size} for each "

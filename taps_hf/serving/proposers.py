@@ -65,6 +65,9 @@ class ComposedProposer(EagleProposer):
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner=runner)
+        # What "eagle3" adds in the base class is for vLLM's own drafters, by their classes. That
+        # the target gives states of several layers is settled by now.
+        self.method = "eagle"
         self._draft_to_the_end()
         if device.type == "cpu":
             mend()
@@ -93,17 +96,17 @@ class ComposedProposer(EagleProposer):
         self.draft_model_config.max_model_len = longest
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """As the base class, and then the rows of the target's head that drafters score."""
+        """As the base class, and then what needs the target's head."""
         super().load_model(target_model)
-        self.model.take_head(self.max_batch_size)
+        self.model.begin(self.max_batch_size)
         self._tally = _Tally(self.model.composition.names, self.vllm_config, self.device)
 
     def set_inputs_first_pass(
         self, *args: Any, target_hidden_states: torch.Tensor, **kwargs: Any
     ) -> Any:
-        """As the base class, with the target's features once for each drafter."""
-        repeated = target_hidden_states.repeat(1, self.model.count)
-        return super().set_inputs_first_pass(*args, target_hidden_states=repeated, **kwargs)
+        """As the base class, with what each drafter makes of the target's features."""
+        each = self.model.combine_hidden_states(target_hidden_states)
+        return super().set_inputs_first_pass(*args, target_hidden_states=each, **kwargs)
 
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the base class, noting whose each token is."""
@@ -160,14 +163,14 @@ class ComposedSpeculator(EagleSpeculator):
         self._picks = self.draft_tokens.new_zeros(self.max_num_reqs + 1, self.num_speculative_steps)
 
     def load_draft_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """As the base class, and then the rows of the target's head that drafters score."""
+        """As the base class, and then what needs the target's head."""
         model = super().load_draft_model(*args, **kwargs)
         if model.composition.routing == "request":
             raise ValueError(
                 "The drafters are routed per request, which vLLM's newer runner does not support "
                 "here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with `--routing token`."
             )
-        model.take_head(self.max_num_reqs)
+        model.begin(self.max_num_reqs)
         self._tally = _Tally(model.composition.names, self.vllm_config, self.device)
         return model
 
@@ -180,9 +183,15 @@ class ComposedSpeculator(EagleSpeculator):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As the base class, with the target's features once for each drafter."""
-        repeated = last_hidden_states.repeat(1, self.model.count)
-        return super().propose(input_batch, attn_metadata, slot_mappings, repeated, *args, **kwargs)
+        """As the base class, with what each drafter makes of the target's features.
+
+        Of several layers' the base class asks for that by itself.
+        """
+        if self.method == "eagle":
+            last_hidden_states = self.model.combine_hidden_states(last_hidden_states)
+        return super().propose(
+            input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
+        )
 
     def sample_draft(
         self,

@@ -2,8 +2,8 @@
 
 Each of the jobs says `model` and `prompts` (lists of token ids), `new_tokens`, and `speculative`,
 vLLM's own configuration of a drafter or null; `together`, whether all prompts are one batch;
-`temperature`, 0 unless it is given; `ignore_eos`; and `max_model_len`. With `leaves`, after how many
-tokens whoever asked a prompt goes away (null if they stay), prompts come one by one into a batch.
+`temperature`, 0 unless it is given; `ignore_eos`; and `max_model_len`. With `leaves`, after how
+many tokens whoever asked goes away (null if they stay), prompts come one by one into a batch.
 Its result has the `answers`, for each prompt the `tokens` answered and, of prompts that came one
 after the other, how many drafts (`drafts`) of how many tokens (`drafted`) were verified and
 `accepted`; the same counts for all of them, `counted`; and those of each drafter of a composed

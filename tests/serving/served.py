@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from taps_hf import ChainTree, EagleDrafter
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.exchange import export_composed
-from taps_hf.formats.composed import Routing
+from taps_hf.formats.composition import Routing
 
 from ..test_real import encode
 
