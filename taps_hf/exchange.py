@@ -281,7 +281,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "--routing",
         choices=get_args(Routing),
         help="with --compose: whose tokens are proposed, the surest drafter's for each token "
-        "(default), or in each request",
+        "(default), in each draft (faster on a CPU), or in each request",
     )
     parser.add_argument(
         "--draft-vocab",

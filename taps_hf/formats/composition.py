@@ -11,7 +11,7 @@ from .reading import EXTRA
 ARCHITECTURES = {"eagle": "EagleTapsForCausalLM", "eagle3": "Eagle3TapsForCausalLM"}
 """Of folders, by vLLM's method, which vLLM puts before names that do not begin with it."""
 
-Routing = Literal["token", "request"]
+Routing = Literal["token", "draft", "request"]
 _FORMAT = 1
 
 
@@ -51,7 +51,9 @@ class Composition:
         input_norm: whether their layers normalise their input.
         qkv_bias: whether their attention has biases on its inputs.
         routing: "token" takes each token from the drafter that is surest of its own best one;
-            "request" from the one that has been surest on average in this request so far.
+            "draft" takes all tokens of a draft from the drafter that is surest of the first, so
+            that the others need not read the rest; "request" takes each from the one that has
+            been surest on average in this request so far.
         target: the name of the target, for messages; None if it has none.
         eagle3: of EAGLE-3 drafters; None for EAGLE-2 and HASS.
         format: of the folder; others are refused.
@@ -70,7 +72,9 @@ class Composition:
 
     def __post_init__(self) -> None:
         if self.routing not in get_args(Routing):
-            raise ValueError(f"`routing` is {self.routing!r}, expected 'token' or 'request'.")
+            raise ValueError(
+                f"`routing` is {self.routing!r}, expected 'token', 'draft' or 'request'."
+            )
 
     @property
     def method(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .stacks import Place
+from .stacks import Place, StackedLinear
 
 
 class StackedHead(nn.Module):
@@ -25,8 +25,8 @@ class StackedHead(nn.Module):
         super().__init__()
         count, most = len(sizes), max(sizes)
         self.sizes, self.own = tuple(sizes), own
-        # Zeros, since of a shorter vocabulary the last rows are never loaded.
-        self.weight = nn.Parameter(torch.zeros(count, most, hidden), requires_grad=False)
+        self.rows = StackedLinear(count, hidden, most)
+        self.rows.weight.zero_()  # of a shorter vocabulary the last ones are never loaded
         # (K, scored) int64; None where all tokens are scored.
         ids = torch.zeros(count, most, dtype=torch.int64) if vocabularies else None
         self.register_buffer("token_ids", ids)
@@ -36,19 +36,20 @@ class StackedHead(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(K, n, scored) from (K, n, hidden); -inf where a drafter scores fewer tokens."""
-        logits = torch.bmm(states, self.weight.transpose(1, 2))
+        logits = self.rows(states)
         return logits if self.unscored is None else logits.masked_fill(self.unscored, -torch.inf)
 
     def copy_rows(self, rows: torch.Tensor) -> None:
         """Take the target's rows of the tokens that are scored, (K, scored, hidden)."""
-        self.weight.copy_(rows)
+        self.rows.weight.copy_(rows)
 
     def places(self, drafter: int) -> dict[str, Place]:
         """See [`HasPlaces`]."""
-        size, hidden = self.sizes[drafter], self.weight.shape[2]
+        rows = self.rows.weight[drafter]
+        size, hidden = self.sizes[drafter], rows.shape[1]
         found = {}
         if self.token_ids is not None:
             found["draft_token_ids"] = Place((size,), self.token_ids[drafter, :size])
         if self.own:
-            found["lm_head.weight"] = Place((size, hidden), self.weight[drafter, :size])
+            found["lm_head.weight"] = Place((size, hidden), rows[:size])
         return found

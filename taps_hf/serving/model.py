@@ -8,7 +8,7 @@ cache of its own. What they compute is in `stacked` (EAGLE-2, HASS) and `stacked
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .heads import StackedHead
 from .routing import Best, Evidence, best_tokens, chosen, surest
 from .stacked import StackedTrunks
 from .stacked3 import StackedEagle3
-from .stacks import LayerShape, Loading, Part, by_drafter
+from .stacks import Apply, LayerShape, Loading, Part, StackedLinear, alone, by_drafter
 from .versions import check_version
 
 check_version()  # before anything that another version may have moved
@@ -36,6 +36,7 @@ from vllm.distributed import (  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.layers.logits_processor import LogitsProcessor  # noqa: E402
 from vllm.model_executor.layers.rotary_embedding import get_rope  # noqa: E402
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
@@ -102,21 +103,32 @@ class ComposedTrunks(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, K * hidden), twice: what tokens are scored from, and what is fed back."""
+        return self.run(self.trunks, self.attention, input_ids, positions, hidden_states)
+
+    def run(
+        self,
+        trunks: StackedTrunks | StackedEagle3,
+        attention: Sequence[Attention],
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of some drafters, whose trunks, attention and states are given."""
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             # All have the same positions, so that all heads are turned at once.
             q, k = (x.transpose(0, 1).flatten(1) for x in (q, k))
             q, k = self.rotary(positions, q, k)
-            queries, keys = (x.chunk(len(self.attention), dim=1) for x in (q, k))
+            queries, keys = (x.chunk(len(attention), dim=1) for x in (q, k))
             return torch.stack(
                 [
                     layer(q.contiguous(), k.contiguous(), v.contiguous())
-                    for layer, q, k, v in zip(self.attention, queries, keys, v.unbind())
+                    for layer, q, k, v in zip(attention, queries, keys, v.unbind())
                 ]
             )
 
         embeds = self.embed_tokens(input_ids)
-        return self.trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
+        return trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
 
 
 class ComposedForCausalLM(nn.Module):
@@ -145,6 +157,10 @@ class ComposedForCausalLM(nn.Module):
         )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.head = _head(self.composition, self.config)
+        # Each drafter's trunk and head, where a draft may be one drafter's alone; see `forget`.
+        self._each: list[tuple[nn.Module, nn.Module | None]] = []
+        self._held: torch.Tensor | None = None  # (n,) int64: whose the drafts of a batch are
+        self._drafter: int | None = None  # whose all of them are
         self.evidence: Evidence | None = None
         self.slots: torch.Tensor | None = None
         self.picks: torch.Tensor | None = None
@@ -164,7 +180,23 @@ class ComposedForCausalLM(nn.Module):
         """See [`ComposedTrunks`]."""
         if inputs_embeds is not None:
             raise ValueError("The drafters read tokens, but vLLM gives embeddings (of images?).")
-        return self.model(input_ids, positions, hidden_states)
+        if self._drafter is None:
+            return self.model(input_ids, positions, hidden_states)
+        trunk, _ = self._each[self._drafter]
+        attention = [self.model.attention[self._drafter]]
+        own = hidden_states[:, self._own(self._drafter)]
+        scored, fed = self.model.run(trunk, attention, input_ids, positions, own)
+        wide = self._widened(scored, hidden_states)
+        return wide, wide if fed is scored else self._widened(fed, hidden_states)
+
+    def _own(self, drafter: int) -> slice:
+        width = self.composition.hidden_size
+        return slice(drafter * width, (drafter + 1) * width)
+
+    def _widened(self, own: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        wide = states.clone()
+        wide[:, self._own(self._drafter)] = own
+        return wide
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, K * hidden): what the drafters make of what vLLM gives them of the target."""
@@ -176,11 +208,23 @@ class ComposedForCausalLM(nn.Module):
         Args:
             most_requests: in a batch, of which routing per request remembers each.
         """
+        device = self.model.trunks.fc.weight.device
         if self.composition.routing == "request":
-            device = self.model.trunks.fc.weight.device
             self.evidence = Evidence(self.count, most_requests, device)
-        if self.head is None or self.head.own:
+        if self.head is not None and not self.head.own:
+            self._copy_rows()
+        if device.type != "cpu":
             return
+        for module in self.modules():
+            if isinstance(module, StackedLinear):
+                module.separate(_product)
+        if self.composition.routing == "draft":
+            self._each = [
+                (alone(self.model.trunks, k), None if self.head is None else alone(self.head, k))
+                for k in range(self.count)
+            ]
+
+    def _copy_rows(self) -> None:
         head, ids = self.lm_head, self.head.token_ids
         if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             raise ValueError(
@@ -206,6 +250,16 @@ class ComposedForCausalLM(nn.Module):
         self.evidence.forget(new)
         self.slots = slots
 
+    def forget(self) -> None:
+        """Begin a draft, in which nobody drafts yet, or end it: for routing per draft.
+
+        Whoever is surest of the first token drafts the others. Where that is the same drafter in
+        all of a batch, it runs alone until the draft ends, on a CPU: there what does not run is
+        time saved, and asking who it is costs none. What the others have not read of the draft
+        they read with everybody else, when it has been verified.
+        """
+        self._held = self._drafter = None
+
     @property
     def token_ids(self) -> torch.Tensor | None:
         """(K, scored) int64; None where all tokens are scored."""
@@ -213,6 +267,9 @@ class ComposedForCausalLM(nn.Module):
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n,) int64: the token that is proposed after each row of (n, K * hidden)."""
+        if self._drafter is not None:
+            best, self.picks = self._logits(hidden_states)[0].argmax(dim=-1), self._held
+            return best if self.token_ids is None else self.token_ids[self._drafter][best]
         best = best_tokens(self._logits(hidden_states), self.token_ids)
         self.picks = self._pick(best)
         return chosen(best.tokens, self.picks)
@@ -220,8 +277,11 @@ class ComposedForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, vocabulary): what the chosen drafter scores; -inf for tokens that it does not."""
         logits = self._logits(hidden_states)
-        self.picks = self._pick(best_tokens(logits, self.token_ids))
-        scores = chosen(logits, self.picks)
+        if self._drafter is not None:
+            self.picks, scores = self._held, logits[0]
+        else:
+            self.picks = self._pick(best_tokens(logits, self.token_ids))
+            scores = chosen(logits, self.picks)
         if self.token_ids is None:
             return scores
         full = scores.new_full((len(scores), self.config.vocab_size), float("-inf"))
@@ -229,17 +289,25 @@ class ComposedForCausalLM(nn.Module):
         return full.scatter_reduce_(1, self.token_ids[self.picks], scores, "amax")
 
     def _pick(self, best: Best) -> torch.Tensor:
+        if self.composition.routing == "draft":
+            if self._held is None:
+                self._held = surest(best)
+                if self._each and bool((self._held == self._held[0]).all()):
+                    self._drafter = int(self._held[0])
+            return self._held
         if self.evidence is None or self.slots is None or len(self.slots) != best.tokens.shape[1]:
             return surest(best)
         return self.evidence.surest(best, self.slots)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(K, n, scored)."""
-        each = by_drafter(hidden_states, self.count)
-        if self.head is not None:
-            return self.head(each)
+        """(K, n, scored), or of the one who drafts alone (1, n, scored)."""
+        each, head = by_drafter(hidden_states, self.count), self.head
+        if self._drafter is not None:
+            each, head = each[self._drafter, None], self._each[self._drafter][1]
+        if head is not None:
+            return head(each)
         logits = self.logits_processor(self.lm_head, each.flatten(0, 1))
-        return logits.view(self.count, len(hidden_states), -1)
+        return logits.view(*each.shape[:2], -1)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take the tensors of a folder; returns the names of the parameters that have them."""
@@ -253,6 +321,14 @@ class ComposedForCausalLM(nn.Module):
         loading.check()
         # vLLM asks for all parameters, also for those whose place the target's take.
         return {name for name, _ in self.named_parameters()}
+
+
+def _product(weight: torch.Tensor) -> Apply:
+    """The product with a weight (out, in), as vLLM's own linear layers compute it on this CPU."""
+    layer = nn.Module()
+    layer.weight, layer.bias = nn.Parameter(weight.clone(), requires_grad=False), None
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)  # unless it goes on using that
+    return lambda x: layer.cpu_linear(x, layer.weight, None)
 
 
 def _head(composition: Composition, config: Any) -> StackedHead | None:

@@ -108,8 +108,22 @@ class ComposedProposer(EagleProposer):
         each = self.model.combine_hidden_states(target_hidden_states)
         return super().set_inputs_first_pass(*args, target_hidden_states=each, **kwargs)
 
-    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the base class, noting whose each token is."""
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the base class, noting whose each token is.
+
+        Where no drafts are wanted, since the load is high, and there are no prompts to read, nothing
+        runs: the base class would have drafters read along. What has been answered meanwhile they
+        do not know when drafting begins again, and foresee less until it lies behind them.
+        """
+        if not num_speculative_tokens and len(target_token_ids) == self.runner.input_batch.num_reqs:
+            self.num_speculative_tokens, self._last_draft_probs, self._picks = 0, None, []
+            return target_token_ids.new_empty(len(target_token_ids), 0, dtype=torch.int64)
         requests = list(self.runner.input_batch.req_ids)
         self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
         if self.model.composition.routing == "request":
@@ -117,7 +131,10 @@ class ComposedProposer(EagleProposer):
             self.model.follow(
                 *(torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, new))
             )
-        return super().propose(*args, **kwargs)
+        self.model.forget()
+        proposed = super().propose(num_speculative_tokens, target_token_ids, *args, **kwargs)
+        self.model.forget()
+        return proposed
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
         sampled = super()._sample_draft_tokens(*args, **kwargs)
@@ -165,9 +182,9 @@ class ComposedSpeculator(EagleSpeculator):
     def load_draft_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """As the base class, and then what needs the target's head."""
         model = super().load_draft_model(*args, **kwargs)
-        if model.composition.routing == "request":
+        if (routing := model.composition.routing) != "token":
             raise ValueError(
-                "The drafters are routed per request, which vLLM's newer runner does not support "
+                f"The drafters are routed per {routing}, which vLLM's newer runner does not support "
                 "here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with `--routing token`."
             )
         model.begin(self.max_num_reqs)

@@ -143,7 +143,7 @@ def test_families_that_cannot_be_served(tmp_path):
     (drafter,) = tiny_drafters(1, family="qwen3")
     with pytest.raises(ValueError, match="'a' cannot be served by the plugin: its layer is of the"):
         export_composed({"a": drafter}, tmp_path / "out", tiny_target("qwen3"))
-    with pytest.raises(ValueError, match="`routing` is 'cycle', expected 'token' or 'request'"):
+    with pytest.raises(ValueError, match="`routing` is 'cycle', expected 'token', 'draft' or 'request'"):
         compose({"a": made(1)}, tiny_target(), "cycle")
     with pytest.raises(ValueError, match="no drafters to compose"):
         compose({}, tiny_target())

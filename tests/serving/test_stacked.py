@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 from taps_hf import EagleDrafter
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.serving.stacked import StackedTrunks
-from taps_hf.serving.stacks import WHOLE, HasPlaces, LayerShape, Loading, Part
+from taps_hf.serving.stacks import (
+    WHOLE,
+    HasPlaces,
+    LayerShape,
+    Loading,
+    Part,
+    StackedLinear,
+    alone,
+)
 
 from ..tiny import tiny_target
 
@@ -97,6 +106,26 @@ def test_as_the_drafters_one_by_one(family, settings):
         own = features[:, 32 * k : 32 * (k + 1)]
         alone = drafter(embeds[None], own[None]).last_hidden_state[0]
         torch.testing.assert_close(together[:, 32 * k : 32 * (k + 1)], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_one_by_one_and_alone():
+    """Products one after the other are the same, and so is one drafter without the others."""
+    of = drafters("qwen2", fc_bias=True, input_norm=True)
+    embeds, features = inputs()
+    trunks = stacked(of)
+    expected, _ = trunks(embeds, features, attention(of[0]), lambda x: x)
+    for apart in (False, True):
+        if apart:
+            for module in trunks.modules():
+                if isinstance(module, StackedLinear):
+                    module.separate(lambda weight: partial(F.linear, weight=weight.clone()))
+            found, _ = trunks(embeds, features, attention(of[0]), lambda x: x)
+            torch.testing.assert_close(found, expected)
+        for k in range(len(of)):
+            own = slice(32 * k, 32 * (k + 1))
+            one, _ = alone(trunks, k)(embeds, features[:, own], attention(of[0]), lambda x: x)
+            torch.testing.assert_close(one, expected[:, own])
 
 
 @pytest.mark.parametrize("size", [2, 4])
