@@ -129,7 +129,7 @@ def export_composed(
             and biases, for which vLLM's own EAGLE drafters have no place.
         out: folder to write.
         target: that they are for.
-        routing: see [`formats.composed.Composition`].
+        routing: see [`formats.composition.Composition`].
         dtype: of the weights, by default the first drafter's.
         sources: where drafters lie, so that they are not written over.
 
