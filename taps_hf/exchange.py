@@ -17,9 +17,12 @@ from .drafters.modeling_feature import FeatureDrafter
 from .embedded import EMBEDDED_TARGET, load_embedded_tokenizer
 from .ends import load_ends
 from .files import ResultFolder, write_text
-from .formats.composed import Routing, check_composed, compose
+from .formats.composed import check_composed, compose
+from .formats.composition import Composition, Routing
 from .formats.load import OURS, is_ours, read_drafter
+from .formats.reading import EXTRA
 from .formats.writing import ENGINES, check_read_back, write, written_as
+from .formats.written import Written
 from .loading import EMBEDDED, load_drafter
 from .validation import check_drafter
 
@@ -126,7 +129,7 @@ def export_composed(
             and biases, for which vLLM's own EAGLE drafters have no place.
         out: folder to write.
         target: that they are for.
-        routing: see [`formats.composed.Composition`].
+        routing: see [`formats.composition.Composition`].
         dtype: of the weights, by default the first drafter's.
         sources: where drafters lie, so that they are not written over.
 
@@ -144,7 +147,7 @@ def export_composed(
     with result.writing() as folder:
         write(written, folder)
         check_composed(folder, drafters)
-        write_text(folder / "README.md", _served_composed(drafters, target, written.notes))
+        write_text(folder / "README.md", _served_composed(written, target))
     return written.notes
 
 
@@ -191,14 +194,16 @@ def _served(drafter: FeatureDrafter, to: str, notes: list[str]) -> str:
     return f"# A drafter for {to}\n\nWritten by `taps-hf export`.\n\n    {command}\n\n{said}"
 
 
-def _served_composed(
-    drafters: Mapping[str, FeatureDrafter], target: PreTrainedModel, notes: list[str]
-) -> str:
-    command = _SERVED["vllm"].format(target=target.config.name_or_path or "TARGET", method="eagle")
-    said = "".join(f"- {note}\n" for note in notes)
+def _served_composed(written: Written, target: PreTrainedModel) -> str:
+    composition = Composition.of(written.config[EXTRA])
+    command = _SERVED["vllm"].format(
+        target=target.config.name_or_path or "TARGET", method=composition.method
+    )
+    said = "".join(f"- {note}\n" for note in written.notes)
     return (
-        f"# Drafters for vLLM: {', '.join(drafters)}\n\nWritten by `taps-hf export --compose`; "
-        f'needs the plugin (`pip install "taps-hf[vllm]"`).\n\n    {command}\n\n{said}'
+        f"# Drafters for vLLM: {', '.join(composition.names)}\n\nWritten by `taps-hf export "
+        '--compose`; needs the plugin (`pip install "taps-hf[vllm]"`).\n\n'
+        f"    {command}\n\n{said}"
     )
 
 
@@ -276,7 +281,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "--routing",
         choices=get_args(Routing),
         help="with --compose: whose tokens are proposed, the surest drafter's for each token "
-        "(default), or in each request",
+        "(default), in each draft (faster on a CPU), or in each request",
     )
     parser.add_argument(
         "--draft-vocab",

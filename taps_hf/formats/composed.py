@@ -7,26 +7,23 @@ of drafter k under `drafters.k.`, by the names of our own format without `trunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ..drafters.modeling_eagle import EagleDrafter
+from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
+from .composition import ARCHITECTURES, Composition, Dialect, Routing
 from .reading import EXTRA
 from .written import LAYER, Written, common_reasons, layer_of
 
-ARCHITECTURE = "EagleTapsForCausalLM"
-"""Of the folder. vLLM puts "Eagle" before names that do not begin with it, and looks that up."""
-
-FAMILIES = ("llama", "mistral", "qwen2")
-Routing = Literal["token", "request"]
-_FORMAT = 1
+_FAMILIES = {EagleDrafter: ("llama", "mistral", "qwen2"), Eagle3Drafter: ("llama", "qwen3")}
 # What one computation for all of them needs to be equal, of `layer_of`.
 _SHAPE = (
     "intermediate_size",
@@ -36,60 +33,7 @@ _SHAPE = (
     "rms_norm_eps",
     "rope_parameters",
 )
-
-
-@dataclass(frozen=True)
-class Composition:
-    """What `config.json` says under `taps_hf`.
-
-    Args:
-        names: of the drafters, in the order of their tensors.
-        hidden_size: of the target and of each drafter; the folder's own is as many times that as
-            there are drafters, because vLLM passes their states side by side.
-        draft_vocab_sizes: how many tokens each of them scores; None where all score all.
-        fc_biases: whether each one's projection has a bias.
-        input_norm: whether their layers normalise their input.
-        qkv_bias: whether their attention has biases on its inputs.
-        routing: "token" takes each token from the drafter that is surest of its own best one;
-            "request" from the one that has been surest on average in this request so far.
-        target: the name of the target, for messages; None if it has none.
-        format: of the folder; others are refused.
-    """
-
-    names: tuple[str, ...]
-    hidden_size: int
-    draft_vocab_sizes: tuple[int, ...] | None
-    fc_biases: tuple[bool, ...]
-    input_norm: bool
-    qkv_bias: bool
-    routing: Routing = "token"
-    target: str | None = None
-    format: int = _FORMAT
-
-    def __post_init__(self) -> None:
-        if self.routing not in get_args(Routing):
-            raise ValueError(f"`routing` is {self.routing!r}, expected 'token' or 'request'.")
-
-    @classmethod
-    def of(cls, fields: object) -> Composition:
-        """From the fields of a file, as [`fields`] gives them.
-
-        Raises:
-            ValueError: if they are not those of a composition that is known here.
-        """
-        if not isinstance(fields, Mapping) or fields.get("format") != _FORMAT:
-            raise ValueError(
-                f"`{EXTRA}` of config.json is {fields!r:.80}, expected a composition of format "
-                f"{_FORMAT}, as `taps-hf export --to vllm --compose` writes it."
-            )
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        except TypeError as error:
-            raise ValueError(f"`{EXTRA}` of config.json: {error}.") from None
-
-    def fields(self) -> dict[str, Any]:
-        """For JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def compose(
@@ -119,24 +63,28 @@ def compose(
     width, first = each[0].config.hidden_size, each[0]
     dtype = first.dtype if dtype is None else dtype
     scored = [drafter.draft_token_ids for drafter in each]
+    new = isinstance(first, Eagle3Drafter)
     composition = Composition(
         names=tuple(drafters),
         hidden_size=width,
         draft_vocab_sizes=None if scored[0] is None else tuple(len(ids) for ids in scored),
-        fc_biases=tuple(drafter.config.fc_bias for drafter in each),
-        input_norm=first.config.input_norm,
-        qkv_bias=_qkv_bias(first),
+        fc_biases=tuple(drafter.fc.bias is not None for drafter in each),
+        input_norm=new or first.config.input_norm,
+        qkv_bias=_has(first, "q_proj.bias"),
         routing=routing,
         target=first.config.target_name_or_path,
+        eagle3=_dialect(each) if new else None,
     )
     config = {
-        "architectures": [ARCHITECTURE],
+        "architectures": [ARCHITECTURES[composition.method]],
         **layers[next(iter(drafters))],
         "hidden_size": len(each) * width,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
         EXTRA: composition.fields(),
     }
+    if composition.eagle3 is not None:
+        config["eagle_aux_hidden_state_layer_ids"] = list(composition.eagle3.read)
     tensors = {
         f"drafters.{k}.{name}": x
         for k, drafter in enumerate(each)
@@ -164,7 +112,7 @@ def check_composed(folder: Path, drafters: Mapping[str, FeatureDrafter]) -> None
         raise RuntimeError(f"{folder} was written and reads back otherwise: {sorted(wrong)}.")
 
 
-def _tensors(drafter: EagleDrafter, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _tensors(drafter: FeatureDrafter, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix("trunk."): (x.to(dtype) if x.is_floating_point() else x)
         .detach()
@@ -176,16 +124,17 @@ def _tensors(drafter: EagleDrafter, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def _check_one(name: str, drafter: FeatureDrafter) -> None:
-    if not isinstance(drafter, EagleDrafter):
+    families = _FAMILIES.get(type(drafter))
+    if families is None:
         raise ValueError(
             f"Drafter {name!r} is of the kind {type(drafter).__name__}, and the plugin composes "
-            "EAGLE-2 and HASS drafters; vLLM serves an EAGLE-3 head alone (`taps-hf export "
-            "DRAFTER --to vllm`, without `--compose`)."
+            f"{' or '.join(kind.__name__ for kind in _FAMILIES)}."
         )
-    output_bias = f"{LAYER}self_attn.o_proj.bias" in drafter.state_dict()
     reasons = {
-        **common_reasons(drafter, FAMILIES),
-        "output": "its attention has a bias on the output" if output_bias else None,
+        **common_reasons(drafter, families),
+        "output": "its attention has a bias on the output"
+        if _has(drafter, "o_proj.bias")
+        else None,
     }
     for reason in reasons.values():
         if reason is not None:
@@ -193,7 +142,7 @@ def _check_one(name: str, drafter: FeatureDrafter) -> None:
 
 
 def _check_alike(
-    drafters: Mapping[str, EagleDrafter], layers: Mapping[str, Mapping[str, Any]]
+    drafters: Mapping[str, FeatureDrafter], layers: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Raise `ValueError` for drafters of two targets, or that cannot be one computation."""
     names = list(drafters)
@@ -205,14 +154,18 @@ def _check_alike(
                 f"Drafters {names[0]!r} and {name!r} have the same weights, expected different "
                 "drafters: a drafter cannot route to itself."
             )
+        if type(other) is not type(first):
+            raise ValueError(
+                f"Drafters {names[0]!r} and {name!r} are of the kinds {type(first).__name__} and "
+                f"{type(other).__name__}, expected one kind: vLLM gives drafters either the "
+                "target's last states or those of other layers, and all run as one computation."
+            )
         _check_targets(names[0], first, name, other)
         found: dict[str, list[Any]] = {
             key: [layers[n][key] for n in (names[0], name)] for key in _SHAPE
         }
-        both = (first, other)
-        found["input_norm"] = [one.config.input_norm for one in both]
-        found["qkv_bias"] = [_qkv_bias(one) for one in both]
-        found["a draft vocabulary"] = [one.draft_token_ids is not None for one in both]
+        for key, of in _MORE_SHAPE[type(first)].items():
+            found[key] = [of(one) for one in (first, other)]
         for key, (here, there) in found.items():
             if here != there:
                 raise ValueError(
@@ -221,7 +174,9 @@ def _check_alike(
                 )
 
 
-def _check_targets(name: str, drafter: EagleDrafter, other_name: str, other: EagleDrafter) -> None:
+def _check_targets(
+    name: str, drafter: FeatureDrafter, other_name: str, other: FeatureDrafter
+) -> None:
     """Raise `ValueError` if what two drafters say of their targets contradicts each other."""
     for field in ("tokenizer_fingerprint", "target_name_or_path"):
         here, there = getattr(drafter.config, field), getattr(other.config, field)
@@ -233,13 +188,36 @@ def _check_targets(name: str, drafter: EagleDrafter, other_name: str, other: Eag
             )
 
 
-def _qkv_bias(drafter: EagleDrafter) -> bool:
-    return f"{LAYER}self_attn.q_proj.bias" in drafter.state_dict()
+def _has(drafter: FeatureDrafter, name: str) -> bool:
+    """Whether its attention has a tensor."""
+    return f"{LAYER}self_attn.{name}" in drafter.state_dict()
 
 
-def _notes(drafters: Mapping[str, EagleDrafter]) -> list[str]:
+def _dialect(drafters: Sequence[Eagle3Drafter]) -> Dialect:
+    flags = {name: getattr(drafters[0].config, name) for name in _FLAGS}
+    ids = tuple(tuple(drafter.config.layer_ids) for drafter in drafters)
+    return Dialect(ids, **flags, qk_norm=_has(drafters[0], "q_norm.weight"))
+
+
+# What else must be equal, of drafters of one kind.
+_EVERY_SHAPE: dict[str, Callable[[Any], Any]] = {
+    "qkv_bias": lambda drafter: _has(drafter, "q_proj.bias"),
+    "a draft vocabulary": lambda drafter: drafter.draft_token_ids is not None,
+}
+_MORE_SHAPE = {
+    EagleDrafter: {**_EVERY_SHAPE, "input_norm": lambda drafter: drafter.config.input_norm},
+    Eagle3Drafter: {
+        **_EVERY_SHAPE,
+        **{name: attrgetter(f"config.{name}") for name in _FLAGS},
+        "qk_norm": lambda drafter: _has(drafter, "q_norm.weight"),
+        "the number of layers they read": lambda drafter: len(drafter.config.layer_ids),
+    },
+}
+
+
+def _notes(drafters: Mapping[str, FeatureDrafter]) -> list[str]:
     notes = []
-    if all(drafter.draft_token_ids is None for drafter in drafters.values()):
+    if all(one.draft_token_ids is None and not one.has_own_head for one in drafters.values()):
         notes.append(
             "all tokens of the target are scored, by each drafter: fewer (`--draft-vocab 4096`) "
             "take much less time where the target is small"

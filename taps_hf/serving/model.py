@@ -2,22 +2,25 @@
 
 Its hidden states are those of the K drafters side by side, (n, K * hidden). Each drafter has an
 attention layer of vLLM's with an index of its own, behind those of the target, and so a key-value
-cache of its own.
+cache of its own. What they compute is in `stacked` (EAGLE-2, HASS) and `stacked3` (EAGLE-3).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..formats.composed import Composition
+from ..formats.composition import Composition
 from ..formats.reading import EXTRA
+from .heads import StackedHead
 from .routing import Best, Evidence, best_tokens, chosen, surest
-from .stacked import Part, StackedTrunks, TrunkShape
+from .stacked import StackedTrunks
+from .stacked3 import StackedEagle3
+from .stacks import Apply, LayerShape, Loading, Part, StackedLinear, alone, by_drafter
 from .versions import check_version
 
 check_version()  # before anything that another version may have moved
@@ -33,6 +36,7 @@ from vllm.distributed import (  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.layers.logits_processor import LogitsProcessor  # noqa: E402
 from vllm.model_executor.layers.rotary_embedding import get_rope  # noqa: E402
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
@@ -55,22 +59,27 @@ class ComposedTrunks(nn.Module):
         config = vllm_config.speculative_config.draft_model_config.hf_config
         composition = Composition.of(getattr(config, EXTRA, None))
         part = Part(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        shape = TrunkShape(
+        dialect = composition.eagle3
+        shape = LayerShape(
             hidden=composition.hidden_size,
             middle=config.intermediate_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head=config.head_dim,
             eps=config.rms_norm_eps,
-            input_norm=composition.input_norm,
             qkv_bias=composition.qkv_bias,
+            qk_norm=dialect is not None and dialect.qk_norm,
         )
-        count = len(composition.names)
         # The target's takes its place when both are loaded.
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, shape.hidden, prefix=f"{prefix}.embed_tokens"
         )
-        self.trunks = StackedTrunks(count, shape, any(composition.fc_biases), part)
+        self.trunks: StackedTrunks | StackedEagle3
+        if dialect is None:
+            biases, norm = composition.fc_biases, composition.input_norm
+            self.trunks = StackedTrunks(shape, biases, norm, part)
+        else:
+            self.trunks = StackedEagle3(shape, dialect, part)
         self.rotary = get_rope(
             shape.head,
             max_position=config.max_position_embeddings,
@@ -83,37 +92,47 @@ class ComposedTrunks(nn.Module):
                 shape.heads // part.size,
                 shape.head,
                 shape.head**-0.5,
-                num_kv_heads=self.trunks.kv_size // shape.head,
+                num_kv_heads=self.trunks.layer.kv_size // shape.head,
                 cache_config=vllm_config.cache_config,
                 prefix=f"{prefix}.layers.{behind + k}.self_attn.attn",
             )
-            for k in range(count)
+            for k in range(self.trunks.count)
         )
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, K * hidden), twice: what tokens are scored from, and what is fed back."""
+        return self.run(self.trunks, self.attention, input_ids, positions, hidden_states)
+
+    def run(
+        self,
+        trunks: StackedTrunks | StackedEagle3,
+        attention: Sequence[Attention],
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of some drafters, whose trunks, attention and states are given."""
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             # All have the same positions, so that all heads are turned at once.
             q, k = (x.transpose(0, 1).flatten(1) for x in (q, k))
             q, k = self.rotary(positions, q, k)
-            queries, keys = (x.chunk(len(self.attention), dim=1) for x in (q, k))
+            queries, keys = (x.chunk(len(attention), dim=1) for x in (q, k))
             return torch.stack(
                 [
                     layer(q.contiguous(), k.contiguous(), v.contiguous())
-                    for layer, q, k, v in zip(self.attention, queries, keys, v.unbind())
+                    for layer, q, k, v in zip(attention, queries, keys, v.unbind())
                 ]
             )
 
         embeds = self.embed_tokens(input_ids)
-        found = self.trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
-        return found, found
+        return trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
 
 
-class EagleTapsForCausalLM(nn.Module):
-    """Drafters that propose together.
+class ComposedForCausalLM(nn.Module):
+    """Drafters that propose together, of a composed folder of either architecture.
 
     Args:
         vllm_config: as [`ComposedTrunks`].
@@ -137,12 +156,11 @@ class EagleTapsForCausalLM(nn.Module):
             vllm_config=vllm_config, prefix=f"{prefix}.model" if prefix else "model"
         )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
-        sizes = self.composition.draft_vocab_sizes
-        # (K, scored) int64; None where all tokens are scored.
-        ids = None if sizes is None else torch.zeros(self.count, max(sizes), dtype=torch.int64)
-        self.register_buffer("token_ids", ids)
-        self.rows: torch.Tensor | None = None  # (K, scored, hidden), of the target's head
-        self.unscored: torch.Tensor | None = None  # (K, 1, scored) bool, where sizes differ
+        self.head = _head(self.composition, self.config)
+        # Each drafter's trunk and head, where a draft may be one drafter's alone; see `forget`.
+        self._each: list[tuple[nn.Module, nn.Module | None]] = []
+        self._held: torch.Tensor | None = None  # (n,) int64: whose the drafts of a batch are
+        self._drafter: int | None = None  # whose all of them are
         self.evidence: Evidence | None = None
         self.slots: torch.Tensor | None = None
         self.picks: torch.Tensor | None = None
@@ -162,10 +180,30 @@ class EagleTapsForCausalLM(nn.Module):
         """See [`ComposedTrunks`]."""
         if inputs_embeds is not None:
             raise ValueError("The drafters read tokens, but vLLM gives embeddings (of images?).")
-        return self.model(input_ids, positions, hidden_states)
+        if self._drafter is None:
+            return self.model(input_ids, positions, hidden_states)
+        trunk, _ = self._each[self._drafter]
+        attention = [self.model.attention[self._drafter]]
+        own = hidden_states[:, self._own(self._drafter)]
+        scored, fed = self.model.run(trunk, attention, input_ids, positions, own)
+        wide = self._widened(scored, hidden_states)
+        return wide, wide if fed is scored else self._widened(fed, hidden_states)
 
-    def take_head(self, most_requests: int) -> None:
-        """Copy the rows of the target's head that are scored, when vLLM has shared that.
+    def _own(self, drafter: int) -> slice:
+        width = self.composition.hidden_size
+        return slice(drafter * width, (drafter + 1) * width)
+
+    def _widened(self, own: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        wide = states.clone()
+        wide[:, self._own(self._drafter)] = own
+        return wide
+
+    def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(n, K * hidden): what the drafters make of what vLLM gives them of the target."""
+        return self.model.trunks.combine(hidden_states)
+
+    def begin(self, most_requests: int) -> None:
+        """Get ready, when the drafters are loaded and vLLM has shared the target's head.
 
         Args:
             most_requests: in a batch, of which routing per request remembers each.
@@ -173,9 +211,21 @@ class EagleTapsForCausalLM(nn.Module):
         device = self.model.trunks.fc.weight.device
         if self.composition.routing == "request":
             self.evidence = Evidence(self.count, most_requests, device)
-        if self.token_ids is None:
+        if self.head is not None and not self.head.own:
+            self._copy_rows()
+        if device.type != "cpu":
             return
-        head = self.lm_head
+        for module in self.modules():
+            if isinstance(module, StackedLinear):
+                module.separate(_product)
+        if self.composition.routing == "draft":
+            self._each = [
+                (alone(self.model.trunks, k), None if self.head is None else alone(self.head, k))
+                for k in range(self.count)
+            ]
+
+    def _copy_rows(self) -> None:
+        head, ids = self.lm_head, self.head.token_ids
         if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             raise ValueError(
                 f"The target's head is quantised ({type(head.quant_method).__name__}), but "
@@ -185,13 +235,10 @@ class EagleTapsForCausalLM(nn.Module):
         first, last = (
             getattr(head.shard_indices, f"org_vocab_{edge}_index") for edge in ("start", "end")
         )
-        here = (self.token_ids >= first) & (self.token_ids < last)
-        local = (self.token_ids - first).clamp(0, last - first - 1)
+        here = (ids >= first) & (ids < last)
+        local = (ids - first).clamp(0, last - first - 1)
         rows = head.weight.data[local] * here[..., None].to(head.weight.dtype)
-        self.rows = tensor_model_parallel_all_reduce(rows).contiguous()
-        sizes = torch.tensor(self.composition.draft_vocab_sizes, device=device)
-        unscored = torch.arange(self.token_ids.shape[1], device=device) >= sizes[:, None, None]
-        self.unscored = unscored if bool(unscored.any()) else None
+        self.head.copy_rows(tensor_model_parallel_all_reduce(rows))
 
     def follow(self, slots: torch.Tensor, new: torch.Tensor) -> None:
         """Say whose the next rows are, for routing per request.
@@ -203,8 +250,26 @@ class EagleTapsForCausalLM(nn.Module):
         self.evidence.forget(new)
         self.slots = slots
 
+    def forget(self) -> None:
+        """Begin a draft, in which nobody drafts yet, or end it: for routing per draft.
+
+        Whoever is surest of the first token drafts the others. Where that is the same drafter in
+        all of a batch, it runs alone until the draft ends, on a CPU: there what does not run is
+        time saved, and asking who it is costs none. What the others have not read of the draft
+        they read with everybody else, when it has been verified.
+        """
+        self._held = self._drafter = None
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """(K, scored) int64; None where all tokens are scored."""
+        return None if self.head is None else self.head.token_ids
+
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n,) int64: the token that is proposed after each row of (n, K * hidden)."""
+        if self._drafter is not None:
+            best, self.picks = self._logits(hidden_states)[0].argmax(dim=-1), self._held
+            return best if self.token_ids is None else self.token_ids[self._drafter][best]
         best = best_tokens(self._logits(hidden_states), self.token_ids)
         self.picks = self._pick(best)
         return chosen(best.tokens, self.picks)
@@ -212,8 +277,11 @@ class EagleTapsForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, vocabulary): what the chosen drafter scores; -inf for tokens that it does not."""
         logits = self._logits(hidden_states)
-        self.picks = self._pick(best_tokens(logits, self.token_ids))
-        scores = chosen(logits, self.picks)
+        if self._drafter is not None:
+            self.picks, scores = self._held, logits[0]
+        else:
+            self.picks = self._pick(best_tokens(logits, self.token_ids))
+            scores = chosen(logits, self.picks)
         if self.token_ids is None:
             return scores
         full = scores.new_full((len(scores), self.config.vocab_size), float("-inf"))
@@ -221,34 +289,55 @@ class EagleTapsForCausalLM(nn.Module):
         return full.scatter_reduce_(1, self.token_ids[self.picks], scores, "amax")
 
     def _pick(self, best: Best) -> torch.Tensor:
+        if self.composition.routing == "draft":
+            if self._held is None:
+                self._held = surest(best)
+                if self._each and bool((self._held == self._held[0]).all()):
+                    self._drafter = int(self._held[0])
+            return self._held
         if self.evidence is None or self.slots is None or len(self.slots) != best.tokens.shape[1]:
             return surest(best)
         return self.evidence.surest(best, self.slots)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(K, n, scored)."""
-        each = hidden_states.view(len(hidden_states), self.count, -1).transpose(0, 1)
-        if self.rows is None:
-            logits = self.logits_processor(self.lm_head, each.flatten(0, 1))
-            return logits.view(self.count, len(hidden_states), -1)
-        logits = torch.bmm(each, self.rows.transpose(1, 2))
-        return logits if self.unscored is None else logits.masked_fill(self.unscored, -torch.inf)
+        """(K, n, scored), or of the one who drafts alone (1, n, scored)."""
+        each, head = by_drafter(hidden_states, self.count), self.head
+        if self._drafter is not None:
+            each, head = each[self._drafter, None], self._each[self._drafter][1]
+        if head is not None:
+            return head(each)
+        logits = self.logits_processor(self.lm_head, each.flatten(0, 1))
+        return logits.view(*each.shape[:2], -1)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take the tensors of a folder; returns the names of the parameters that have them."""
-        sizes = self.composition.draft_vocab_sizes
+        parts = [self.model.trunks] if self.head is None else [self.model.trunks, self.head]
+        loading = Loading(self.count, *parts)
         for name, tensor in weights:
             found = _NAME.fullmatch(name)
             if found is None:
                 raise ValueError(f"{name} is no tensor of composed drafters.")
-            drafter, inner = int(found[1]), found[2]
-            if inner == "draft_token_ids" and sizes is not None:
-                self.token_ids[drafter, : sizes[drafter]] = tensor
-            else:
-                self.model.trunks.load(drafter, inner, tensor)
-        self.model.trunks.check_loaded(self.composition.fc_biases)
-        # vLLM asks for all parameters, also for the embedding, whose place the target's takes.
+            loading.take(int(found[1]), found[2], tensor)
+        loading.check()
+        # vLLM asks for all parameters, also for those whose place the target's take.
         return {name for name, _ in self.named_parameters()}
+
+
+def _product(weight: torch.Tensor) -> Apply:
+    """The product with a weight (out, in), as vLLM's own linear layers compute it on this CPU."""
+    layer = nn.Module()
+    layer.weight, layer.bias = nn.Parameter(weight.clone(), requires_grad=False), None
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)  # unless it goes on using that
+    return lambda x: layer.cpu_linear(x, layer.weight, None)
+
+
+def _head(composition: Composition, config: Any) -> StackedHead | None:
+    """Of drafters that score with rows of their own, or with some of the target's."""
+    sizes, own = composition.draft_vocab_sizes, composition.eagle3 is not None
+    if sizes is None and not own:
+        return None
+    every = (config.vocab_size,) * len(composition.names)
+    return StackedHead(composition.hidden_size, sizes or every, sizes is not None, own)
 
 
 def _check(composition: Composition, config: Any, vllm_config: VllmConfig) -> None:
@@ -264,6 +353,18 @@ def _check(composition: Composition, config: Any, vllm_config: VllmConfig) -> No
                 f"The target's `{name}` is {found}, but the drafters' is {expected}: they were "
                 f"made for {trained_for}."
             )
+    asked = vllm_config.speculative_config.method
+    if asked != composition.method:
+        raise ValueError(
+            f"`method` of the speculative configuration is {asked!r}, expected "
+            f"{composition.method!r} for these drafters."
+        )
+    layers = target.get_total_num_hidden_layers()
+    if composition.eagle3 is not None and composition.eagle3.read[-1] > layers:
+        raise ValueError(
+            f"The drafters read `hidden_states` {composition.eagle3.read} of the target, which has "
+            f"{layers} layers: they were made for {trained_for}."
+        )
     if config.hidden_size != len(composition.names) * composition.hidden_size:
         raise ValueError(
             f"`hidden_size` is {config.hidden_size}, expected {composition.hidden_size} for each "

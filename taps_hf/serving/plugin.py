@@ -1,7 +1,7 @@
 """What vLLM calls in each of its processes: the entry point `vllm.general_plugins`.
 
 It runs for everybody who has both packages installed, whatever they serve. So it changes nothing
-but how drafters of our architecture are proposed with, and never fails.
+but how drafters of our architectures are proposed with, and never fails.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..formats.composed import ARCHITECTURE
+from ..formats.composition import ARCHITECTURES
 from .versions import unsupported
 
 _logger = logging.getLogger("vllm.taps_hf")  # vLLM shows what is below its own name
+# Folders of EAGLE-2 drafters when vLLM is asked for `eagle3`; the model says what is wrong.
+_MISTAKEN = f"Eagle3{ARCHITECTURES['eagle']}"
+_OURS = set(ARCHITECTURES.values())
 _registered = False
 
 
 def register() -> None:
-    """Register our architecture, our proposers, and the drafters' metrics. Once a process."""
+    """Register our architectures, our proposers, and the drafters' metrics. Once a process."""
     global _registered
     if _registered:
         return
@@ -25,7 +28,8 @@ def register() -> None:
     from vllm import ModelRegistry
 
     # By name: importing the model takes a device, which not every process may touch.
-    ModelRegistry.register_model(ARCHITECTURE, f"{__package__}.model:EagleTapsForCausalLM")
+    for name in (*ARCHITECTURES.values(), _MISTAKEN):
+        ModelRegistry.register_model(name, f"{__package__}.model:ComposedForCausalLM")
     if (reason := unsupported()) is not None:
         _logger.warning("%s", reason)  # raised, with the same words, if such a folder is served
         return
@@ -39,7 +43,7 @@ def register() -> None:
 
 
 def _propose_with_ours() -> None:
-    """Have vLLM's two runners make our subclasses of their proposers for our architecture.
+    """Have vLLM's two runners make our subclasses of their proposers for our architectures.
 
     Both make theirs by name, and ask with `isinstance` what it is. So the class stays, and gives an
     instance of a subclass where the draft model is ours.
@@ -54,7 +58,7 @@ def _propose_with_ours() -> None:
 def _maker(theirs: type) -> Any:
     def make(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = vllm_config.speculative_config.draft_model_config
-        if cls is theirs and ARCHITECTURE in model.architectures:
+        if cls is theirs and not _OURS.isdisjoint(model.architectures):
             from . import proposers
 
             cls = proposers.OURS[theirs.__name__]

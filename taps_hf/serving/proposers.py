@@ -65,6 +65,10 @@ class ComposedProposer(EagleProposer):
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner=runner)
+        # What "eagle3" adds in the base class is for vLLM's own drafters, by their classes. That
+        # the target gives states of several layers is settled by now.
+        self.method = "eagle"
+        self._draft_to_the_end()
         if device.type == "cpu":
             mend()
         self.runner = runner
@@ -74,29 +78,63 @@ class ComposedProposer(EagleProposer):
         self._picks: list[torch.Tensor] = []  # by step, (n,)
         self._rows: dict[str, int] = {}  # of the last proposal, by request
 
+    def _draft_to_the_end(self) -> None:
+        """Have the runner ask for drafts until a request is as long as the target's may be.
+
+        It asks for none, of any request in a batch, when one of them is a draft away from the
+        drafters' longest: it puts zeros there, which nobody has drafted and vLLM counts, and
+        drafters never see the tokens of these steps. Nothing requires that here: what a draft
+        has beyond the end is neither written to a cache nor verified.
+        """
+        asked = self.speculative_config.max_model_len
+        if asked is not None and asked < self.max_model_len:
+            raise ValueError(
+                f"`max_model_len` of the speculative configuration is {asked}, expected none: "
+                f"drafters draft for all of the target's {self.max_model_len} tokens."
+            )
+        longest = self.max_model_len + self.num_speculative_tokens
+        self.draft_model_config.max_model_len = longest
+
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """As the base class, and then the rows of the target's head that drafters score."""
+        """As the base class, and then what needs the target's head."""
         super().load_model(target_model)
-        self.model.take_head(self.max_batch_size)
+        self.model.begin(self.max_batch_size)
         self._tally = _Tally(self.model.composition.names, self.vllm_config, self.device)
 
     def set_inputs_first_pass(
         self, *args: Any, target_hidden_states: torch.Tensor, **kwargs: Any
     ) -> Any:
-        """As the base class, with the target's features once for each drafter."""
-        repeated = target_hidden_states.repeat(1, self.model.count)
-        return super().set_inputs_first_pass(*args, target_hidden_states=repeated, **kwargs)
+        """As the base class, with what each drafter makes of the target's features."""
+        each = self.model.combine_hidden_states(target_hidden_states)
+        return super().set_inputs_first_pass(*args, target_hidden_states=each, **kwargs)
 
-    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the base class, noting whose each token is."""
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the base class, noting whose each token is.
+
+        Where no drafts are wanted, since the load is high, and there are no prompts to read,
+        nothing runs: the base class would have drafters read along. What has been answered
+        meanwhile they do not know when drafting begins again, and foresee less for a while.
+        """
+        if not num_speculative_tokens and len(target_token_ids) == self.runner.input_batch.num_reqs:
+            self.num_speculative_tokens, self._last_draft_probs, self._picks = 0, None, []
+            return target_token_ids.new_empty(len(target_token_ids), 0, dtype=torch.int64)
         requests = list(self.runner.input_batch.req_ids)
         self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
         if self.model.composition.routing == "request":
-            slots, new = self._slots.of(requests)
+            slots, new = self._slots.of(requests, self.runner.requests)
             self.model.follow(
                 *(torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, new))
             )
-        return super().propose(*args, **kwargs)
+        self.model.forget()
+        proposed = super().propose(num_speculative_tokens, target_token_ids, *args, **kwargs)
+        self.model.forget()
+        return proposed
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
         sampled = super()._sample_draft_tokens(*args, **kwargs)
@@ -142,14 +180,14 @@ class ComposedSpeculator(EagleSpeculator):
         self._picks = self.draft_tokens.new_zeros(self.max_num_reqs + 1, self.num_speculative_steps)
 
     def load_draft_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """As the base class, and then the rows of the target's head that drafters score."""
+        """As the base class, and then what needs the target's head."""
         model = super().load_draft_model(*args, **kwargs)
-        if model.composition.routing == "request":
+        if (routing := model.composition.routing) != "token":
             raise ValueError(
-                "The drafters are routed per request, which vLLM's newer runner does not support "
-                "here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with `--routing token`."
+                f"The drafters are routed per {routing}, which vLLM's newer runner does not "
+                "support here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with `--routing token`."
             )
-        model.take_head(self.max_num_reqs)
+        model.begin(self.max_num_reqs)
         self._tally = _Tally(model.composition.names, self.vllm_config, self.device)
         return model
 
@@ -162,9 +200,15 @@ class ComposedSpeculator(EagleSpeculator):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As the base class, with the target's features once for each drafter."""
-        repeated = last_hidden_states.repeat(1, self.model.count)
-        return super().propose(input_batch, attn_metadata, slot_mappings, repeated, *args, **kwargs)
+        """As the base class, with what each drafter makes of the target's features.
+
+        Of several layers' the base class asks for that by itself.
+        """
+        if self.method == "eagle":
+            last_hidden_states = self.model.combine_hidden_states(last_hidden_states)
+        return super().propose(
+            input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
+        )
 
     def sample_draft(
         self,

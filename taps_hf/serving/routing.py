@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,19 +92,24 @@ class Slots:
         self._free = list(range(count))
         self._of: dict[str, int] = {}
 
-    def of(self, requests: list[str]) -> tuple[list[int], list[int]]:
+    def of(self, requests: Sequence[str], alive: Container[str]) -> tuple[list[int], list[int]]:
         """The slots of a batch of requests, and those of them that are new.
 
-        Those of requests that are not in the batch are given away when others need them.
+        Those of requests that have ended are given back. Those of requests that only wait (there
+        may be more of them than slots) are given away when others need them.
+
+        Args:
+            requests: of the batch.
+            alive: all that have not ended.
 
         Raises:
             ValueError: for more requests than there are slots.
         """
+        self._give_back([request for request in self._of if request not in alive])
         new = [request for request in requests if request not in self._of]
         if len(new) > len(self._free):
             here = set(requests)
-            for gone in [request for request in self._of if request not in here]:
-                self._free.append(self._of.pop(gone))
+            self._give_back([request for request in self._of if request not in here])
         if len(new) > len(self._free):
             raise ValueError(
                 f"{len(requests)} requests are in the batch, expected at most "
@@ -112,3 +118,10 @@ class Slots:
         for request in new:
             self._of[request] = self._free.pop()
         return [self._of[request] for request in requests], [self._of[one] for one in new]
+
+    def __iter__(self) -> Iterator[str]:
+        """The requests that are remembered."""
+        return iter(self._of)
+
+    def _give_back(self, requests: list[str]) -> None:
+        self._free += [self._of.pop(request) for request in requests]

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.exchange import export_composed
 from taps_hf.files import read_json
-from taps_hf.formats.composed import ARCHITECTURE, Composition, check_composed, compose
+from taps_hf.formats.composed import check_composed, compose
+from taps_hf.formats.composition import ARCHITECTURES, Composition, Dialect
 
-from ..tiny import tiny_drafters, tiny_eagle3, tiny_target
+from ..tiny import tiny_drafters, tiny_target
 
 
 def made(seed: int, **settings: object) -> EagleDrafter:
@@ -27,7 +28,7 @@ def test_what_lies_in_the_folder(tmp_path):
     }
     assert export_composed(drafters, tmp_path / "out", tiny_target(), "request") == []
     config = read_json(tmp_path / "out" / "config.json", "a configuration")
-    assert config["architectures"] == [ARCHITECTURE]
+    assert config["architectures"] == [ARCHITECTURES["eagle"]]
     assert config["hidden_size"] == 2 * 32
     assert (config["head_dim"], config["num_attention_heads"]) == (8, 4)
     assert Composition.of(config["taps_hf"]) == Composition(
@@ -70,15 +71,49 @@ def test_a_window_is_not_kept_without_a_word():
     assert any("context windows of near have no place" in note for note in written.notes)
 
 
-def _eagle3() -> Eagle3Drafter:
-    return tiny_eagle3()[0]
+def made3(seed: int, **settings: object) -> Eagle3Drafter:
+    settings = {"draft_token_ids": 12, "layer_ids": [1, 2], **settings}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Eagle3Drafter.from_target(tiny_target(), **settings)
+
+
+def test_eagle3_in_a_folder(tmp_path):
+    """Layers that any of them reads are what vLLM is asked for; whose they are is said beside."""
+    drafters = {"math": made3(1, layer_ids=[2, 1]), "chat": made3(2, draft_token_ids=10)}
+    assert export_composed(drafters, tmp_path / "out", tiny_target()) == []
+    config = read_json(tmp_path / "out" / "config.json", "a configuration")
+    assert config["architectures"] == [ARCHITECTURES["eagle3"]]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2]
+    found = Composition.of(config["taps_hf"])
+    assert found.draft_vocab_sizes == (12, 10)
+    assert (found.method, found.fc_biases) == ("eagle3", (False, False))
+    assert found.eagle3 == Dialect(((2, 1), (1, 2)), False, False, False, False, False)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(tensors["drafters.1.lm_head.weight"], drafters["chat"].lm_head.weight)
+    assert '"method": "eagle3"' in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm_output": True}, r"differ in norm_output \(False and True\)"),
+        ({"fc_norm": True}, r"differ in fc_norm \(False and True\)"),
+        ({"family": "qwen3"}, r"differ in qk_norm \(False and True\)"),
+        ({"layer_ids": [1]}, r"differ in the number of layers they read \(2 and 1\)"),
+        ({"draft_token_ids": None}, r"differ in a draft vocabulary \(True and False\)"),
+    ],
+)
+def test_dialects_do_not_mix(settings, message):
+    with pytest.raises(ValueError, match=message):
+        compose({"a": made3(1), "b": made3(2, **settings)}, tiny_target())
 
 
 @pytest.mark.parametrize(
     ("second", "message"),
     [
         (lambda: made(1), "'a' and 'b' have the same weights"),
-        (_eagle3, "'b' is of the kind Eagle3Drafter, and the plugin composes"),
+        (lambda: made3(2), "of the kinds EagleDrafter and Eagle3Drafter, expected one kind"),
         (lambda: made(2, input_norm=True), r"differ in input_norm \(False and True\)"),
         (lambda: made(2, draft_token_ids=3), r"differ in a draft vocabulary \(False and True\)"),
         (
@@ -108,7 +143,7 @@ def test_families_that_cannot_be_served(tmp_path):
     (drafter,) = tiny_drafters(1, family="qwen3")
     with pytest.raises(ValueError, match="'a' cannot be served by the plugin: its layer is of the"):
         export_composed({"a": drafter}, tmp_path / "out", tiny_target("qwen3"))
-    with pytest.raises(ValueError, match="`routing` is 'cycle', expected 'token' or 'request'"):
+    with pytest.raises(ValueError, match="`routing` is 'cycle', expected 'token', 'draft' or"):
         compose({"a": made(1)}, tiny_target(), "cycle")
     with pytest.raises(ValueError, match="no drafters to compose"):
         compose({}, tiny_target())
@@ -120,6 +155,10 @@ def test_families_that_cannot_be_served(tmp_path):
         (None, "is None, expected a composition of format 1"),
         ({"format": 2}, "expected a composition of format 1"),
         ({"format": 1, "colour": "red"}, "unexpected keyword argument 'colour'"),
+        (
+            {"format": 1, "eagle3": {"layer_ids": [[1]]}},
+            "missing 5 required positional arguments: 'norm_before_residual'",
+        ),
         ({"format": 1}, "missing 6 required positional arguments"),
     ],
 )

@@ -2,11 +2,13 @@
 
 Each of the jobs says `model` and `prompts` (lists of token ids), `new_tokens`, and `speculative`,
 vLLM's own configuration of a drafter or null; `together`, whether all prompts are one batch;
-`temperature`, 0 unless it is given; and `ignore_eos`.
+`temperature`, 0 unless it is given; `ignore_eos`; and `max_model_len`. With `leaves`, after how
+many tokens whoever asked goes away (null if they stay), prompts come one by one into a batch.
 Its result has the `answers`, for each prompt the `tokens` answered and, of prompts that came one
 after the other, how many drafts (`drafts`) of how many tokens (`drafted`) were verified and
 `accepted`; the same counts for all of them, `counted`; and those of each drafter of a composed
-folder, `by_drafter`. A job that vLLM refuses has `refused`, the error, instead.
+folder, `by_drafter`. A job or a prompt that vLLM refuses has `refused`, the error, instead. With
+`leaves`, `kept` are requests that had ended and that whoever routes per request still knew.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.llm_engine import LLMEngine
 
 _COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
@@ -35,7 +39,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         model=job["model"],
         dtype="float32",
         enforce_eager=True,
-        max_model_len=512,
+        max_model_len=job.get("max_model_len", 512),
         max_num_seqs=len(job["prompts"]) if together else 1,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
@@ -51,6 +55,14 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     first, ours, answers = _counts(engine), _by_drafter(), []
+    if "leaves" in job:
+        answers, kept = _with_leavers(engine.llm_engine, prompts, job["leaves"], wanted)
+        return {
+            "answers": answers,
+            "kept": kept,
+            "counted": _more(_counts(engine), first),
+            "by_drafter": _more(_by_drafter(), ours),
+        }
     before = first
     for batch in [prompts] if together else [[prompt] for prompt in prompts]:
         outputs = engine.generate(batch, wanted, use_tqdm=False)
@@ -63,6 +75,34 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         "counted": _more(before, first),
         "by_drafter": _more(_by_drafter(), ours),
     }
+
+
+def _with_leavers(
+    engine: LLMEngine,
+    prompts: list[dict[str, Any]],
+    leaves: list[int | None],
+    wanted: SamplingParams,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Step by step; a request is aborted when it has so many tokens, as the server does it."""
+    answers: list[dict[str, Any]] = [{} for _ in prompts]
+    waiting, kept = list(enumerate(prompts)), set()
+    runner = engine.model_executor.driver_worker.worker.model_runner
+    while waiting or engine.has_unfinished_requests():
+        if waiting:
+            number, prompt = waiting.pop(0)
+            try:
+                engine.add_request(str(number), prompt, wanted)
+            except VLLMValidationError as error:
+                answers[number] = {"refused": refused(error)}
+        for output in engine.step():
+            number, (answer,) = int(output.request_id), output.outputs
+            answers[number] = {"tokens": list(answer.token_ids), "ended": answer.finish_reason}
+            leaving = leaves[number]
+            if leaving is not None and len(answer.token_ids) >= leaving:
+                engine.abort_request([output.request_id])
+        if hasattr(runner, "drafter"):
+            kept |= set(runner.drafter._slots) - runner.requests.keys()
+    return answers, sorted(kept)
 
 
 def _more(after: Counts, before: Counts) -> Counts:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from taps_hf import ChainTree
+from taps_hf import ChainTree, EagleDrafter
 from taps_hf.drafters.modeling_feature import FeatureDrafter
+from taps_hf.exchange import export_composed
+from taps_hf.formats.composition import Routing
 
 from ..test_real import encode
 
@@ -72,6 +74,16 @@ def save_small_target(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+def compose_small(folder: Path, target: PreTrainedModel, routing: Routing = "token") -> None:
+    """Write two random drafters for it, which are sometimes right."""
+    drafters = {}
+    with torch.random.fork_rng():
+        for seed, name in enumerate(("a", "b")):
+            torch.manual_seed(seed)
+            drafters[name] = EagleDrafter.from_target(target, fc_bias=True).eval()
+    export_composed(drafters, folder, target, routing)
 
 
 def drafted_by(folder: Path, method: str) -> dict[str, Any]:

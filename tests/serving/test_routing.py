@@ -55,17 +55,30 @@ def test_evidence_of_a_request_is_summed_until_it_is_forgotten():
 
 
 def test_requests_keep_their_slots_while_they_are_there():
-    slots = Slots(3)
-    first, new = slots.of(["a", "b"])
+    slots, alive = Slots(3), set("abcdefghi")
+    first, new = slots.of(["a", "b"], alive)
     assert len(set(first)) == 2
     assert new == first
-    again, new = slots.of(["b", "c"])
+    again, new = slots.of(["b", "c"], alive)
     assert again[0] == first[1]
     assert new == [again[1]]
-    assert slots.of(["a"])[0] == first[:1]  # it was only not in a batch
-    others, new = slots.of(["d", "e", "a"])
+    assert slots.of(["a"], alive)[0] == first[:1]  # it was only not in a batch
+    others, new = slots.of(["d", "e", "a"], alive)
     assert new == others[:2]
     assert others[2] == first[0]
     assert sorted(others) == [0, 1, 2]
     with pytest.raises(ValueError, match="4 requests are in the batch, expected at most 3"):
-        slots.of(["f", "g", "h", "i"])
+        slots.of(["f", "g", "h", "i"], alive)
+
+
+def test_nothing_is_kept_of_requests_that_have_ended():
+    slots = Slots(3)
+    slots.of(["a", "b"], {"a", "b"})
+    (place,), new = slots.of(["b"], {"b", "c"})
+    assert (set(slots), new) == ({"b"}, [])
+    others, new = slots.of(["c", "b"], {"b", "c"})
+    assert new == [others[0]]
+    assert others[1] == place
+    slot, new = slots.of(["a"], {"a", "b"})  # ended before, and back under its old name
+    assert new == slot
+    assert set(slots) == {"a", "b"}

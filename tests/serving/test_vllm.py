@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from taps_hf import EagleDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export_composed
+from taps_hf.formats.composition import Routing
 
 from ..test_real import CARDS, QUESTIONS
 from .served import (
@@ -20,6 +21,7 @@ from .served import (
     SMALL_VOCAB,
     assert_as_ours,
     chain,
+    compose_small,
     drafted_by,
     encoded,
     save_small_target,
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
 )
 SCORED = 4096
+ROUTINGS = get_args(Routing)
 SHORT, FEW = 48, 4
 ANSWERS = 2000
 MIXED = [
@@ -77,9 +80,9 @@ def drafters() -> dict[str, EagleDrafter]:
 def results(tmp_path_factory, real_at_folder, prompts, drafters) -> dict[str, dict[str, Any]]:
     """All that one process of vLLM answers; starting it takes longer than answering."""
     folder = tmp_path_factory.mktemp("served")
-    composed = {"math": ["math"], "token": ["math", "chat"], "request": ["math", "chat"]}
+    composed = {"math": ["math"], **{routing: ["math", "chat"] for routing in ROUTINGS}}
     for out, names in composed.items():
-        routing = out if out in ("token", "request") else "token"
+        routing = out if out in ROUTINGS else "token"
         chosen = {name: drafters[name] for name in names}
         export_composed(chosen, folder / out, real_at_folder, routing)
     few = {"prompts": prompts[:FEW], "model": real_at_folder.config.name_or_path}
@@ -91,6 +94,8 @@ def results(tmp_path_factory, real_at_folder, prompts, drafters) -> dict[str, di
         "math, few": {**few, "speculative": drafted_by(folder / "math", "eagle")},
         "plain": {**every, "speculative": None},
         "token": {**every, "speculative": both},
+        "draft": {**every, "speculative": drafted_by(folder / "draft", "eagle")},
+        "draft, few": {**few, "speculative": drafted_by(folder / "draft", "eagle")},
         "request": {**every, "speculative": drafted_by(folder / "request", "eagle")},
         "off": {**every, "speculative": off},
         "sampled": {
@@ -128,7 +133,7 @@ def test_one_drafter_accepts_what_our_chain_does(results, real_at_folder, prompt
     assert_as_ours(served, plain, ours, "math")
 
 
-@pytest.mark.parametrize("name", ["token", "request", "off"])
+@pytest.mark.parametrize("name", [*ROUTINGS, "off"])
 def test_texts_are_plain_ones_in_a_batch(results, name):
     plain, served = (
         [answer["tokens"] for answer in results[each]["answers"]] for each in ("plain", name)
@@ -137,7 +142,7 @@ def test_texts_are_plain_ones_in_a_batch(results, name):
     assert served == plain
 
 
-@pytest.mark.parametrize("name", ["token", "request", "sampled"])
+@pytest.mark.parametrize("name", [*ROUTINGS, "sampled"])
 def test_both_drafters_take_part_and_are_counted(results, name):
     found = results[name]["by_drafter"]
     print(name, found, results[name]["counted"])
@@ -145,6 +150,14 @@ def test_both_drafters_take_part_and_are_counted(results, name):
         of_each = [found[f"{drafter} {kind}"] for drafter in ("math", "chat")]
         assert min(of_each) > 0
         assert sum(of_each) == results[name]["counted"][kind]
+
+
+def test_who_drafts_alone_is_accepted_as_often(results):
+    """One request at a time, so that all but the first token of a draft is one drafter's work."""
+    plain, served = (results[f"{name}, few"]["answers"] for name in ("plain", "draft"))
+    assert [answer["tokens"] for answer in served] == [answer["tokens"] for answer in plain]
+    counted = results["draft, few"]["counted"]
+    assert counted["accepted"] > counted["drafts"]
 
 
 def test_sampled_drafts_are_accepted(results):
@@ -156,11 +169,8 @@ def test_sampled_drafts_are_accepted(results):
 def test_sampled_texts_have_the_distribution_of_the_target(tmp_path):
     """Thousands of answers of three tokens, among sixteen; the second and third may be drafted."""
     target = save_small_target(tmp_path / "small")
-    drafters = {}
-    for seed, name in enumerate(("a", "b")):
-        torch.manual_seed(seed)
-        drafters[name] = EagleDrafter.from_target(target, fc_bias=True).eval()
-    export_composed(drafters, tmp_path / "composed", target)
+    for routing in ("token", "draft"):
+        compose_small(tmp_path / routing, target, routing)
     job = {
         "model": str(tmp_path / "small"),
         "prompts": [[3, 1, 4, 1, 5, 9, 2, 6]] * ANSWERS,
@@ -170,8 +180,12 @@ def test_sampled_texts_have_the_distribution_of_the_target(tmp_path):
         "ignore_eos": True,
     }
     ways = [
-        drafted_by(tmp_path / "composed", "eagle") | {"draft_sample_method": method}
-        for method in ("greedy", "probabilistic")
+        drafted_by(tmp_path / routing, "eagle") | {"draft_sample_method": method}
+        for routing, method in (
+            ("token", "greedy"),
+            ("token", "probabilistic"),
+            ("draft", "probabilistic"),
+        )
     ]
     expected = probabilities(target, job["prompts"][0])
     for found in serve(tmp_path, [{**job, "speculative": way} for way in ways]):
