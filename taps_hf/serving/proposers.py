@@ -185,7 +185,8 @@ class ComposedSpeculator(EagleSpeculator):
         if (routing := model.composition.routing) != "token":
             raise ValueError(
                 f"The drafters are routed per {routing}, which vLLM's newer runner does not "
-                "support here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with `--routing token`."
+                "support here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with "
+                "`--routing token`."
             )
         model.begin(self.max_num_reqs)
         self._tally = _Tally(model.composition.names, self.vllm_config, self.device)
