@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
 )
 LONGEST, NEW_TOKENS, PATIENCE = 512, 48, 600
+_ENDED = "vllm:request_success_totallength"
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8]]
 
 
@@ -139,24 +140,36 @@ def _plain(target: PreTrainedModel, prompt: list[int]) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def test_others_go_on_when_a_client_breaks_off(port, target):
-    before = _metrics(port)
-    with ThreadPoolExecutor(2) as others:
-        answers = [others.submit(_complete, port, prompt) for prompt in PROMPTS]
-        _break_off(port, [6, 2, 8])
-        found = [answer.result() for answer in answers]
-    assert found == [_plain(target, prompt) for prompt in PROMPTS]
+def _settled(port: int, ended: float) -> dict[str, float]:
+    """Metrics, when nothing runs any more and so many answers are counted, or more."""
     started = time.monotonic()
-    while (metrics := _metrics(port))["vllm:num_requests_running"] > 0:
+    while True:
+        metrics = _metrics(port)
+        if not metrics["vllm:num_requests_running"] and metrics[_ENDED] >= ended:
+            return metrics
         assert time.monotonic() - started < PATIENCE
         time.sleep(0.2)
-    # Only the others' answers came to their end.
-    ended = "vllm:request_success_totallength"
-    assert metrics[ended] - before[ended] == len(PROMPTS)
+
+
+def test_others_go_on_when_a_client_breaks_off(port, target):
+    expected, ended, attempts = [_plain(target, prompt) for prompt in PROMPTS], 0, 0
+    while attempts < 5 and ended != len(PROMPTS):
+        attempts += 1
+        before = _metrics(port)[_ENDED]
+        with ThreadPoolExecutor(2) as others:
+            answers = [others.submit(_complete, port, prompt) for prompt in PROMPTS]
+            _break_off(port, [6, 2, 8])
+            found = [answer.result() for answer in answers]
+        assert found == expected
+        metrics = _settled(port, before + len(PROMPTS))
+        # Where this process has stood still, the answer may be at its end before anybody leaves.
+        ended = metrics[_ENDED] - before
+    assert ended == len(PROMPTS)  # only the others' answers came to their end
     for kind, theirs in (("drafted", "draft"), ("accepted", "accepted")):
         ours = metrics[f"taps_hf:{kind}_tokens_total"]
-        # vLLM counts a step after it has forgotten those who left in it.
-        assert 0 <= ours - metrics[f"vllm:spec_decode_num_{theirs}_tokens_total"] <= LENGTH
+        # vLLM counts a step after it has forgotten those who left in it: once an attempt.
+        more = ours - metrics[f"vllm:spec_decode_num_{theirs}_tokens_total"]
+        assert 0 <= more <= LENGTH * attempts
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_the_next_answered(port, target):
