@@ -97,7 +97,7 @@ def test_lookups_alone():
         {"output_scores": True, "output_logits": True},
         {"logits_processor": [PenaliseRecent()]},
     ],
-    ids=str,
+    ids=lambda processing: ", ".join(processing),
 )
 def test_processors_and_stopping(processing: dict):
     for seed in (None, 1):
