@@ -34,7 +34,7 @@ def target_session(
         return TargetSession(*given)
     graphs = graphs_for(model, layers, compilation.config)
     graphs.prepare(compilation.width, compilation.capacity)
-    return CompiledTargetSession(*given, graphs=graphs, capacity=compilation.capacity)
+    return CompiledTargetSession(graphs, compilation.capacity, *given)
 
 
 def make_graphs(
@@ -59,21 +59,11 @@ class CompiledTargetSession(TargetSession):
     Args:
         graphs: the target's.
         capacity: of its memory.
-
-    The others are those of [`TargetSession`].
+        *given: as [`TargetSession`].
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        layers: Collection[int],
-        graphs: TargetGraphs,
-        capacity: int,
-    ) -> None:
-        super().__init__(model, input_ids, generation_config, model_kwargs, layers)
+    def __init__(self, graphs: TargetGraphs, capacity: int, *given: Any) -> None:
+        super().__init__(*given)
         self._graphs, self._capacity = graphs, capacity
         self._memory: Memory | None = None
         self._past = 0  # tokens in it

@@ -104,7 +104,7 @@ class StackedLinear(nn.Module):
     def separate(self, make: Callable[[torch.Tensor], Apply]) -> None:
         """Compute K products one after the other from now on.
 
-        A CPU has kernels for one matrix, arranged as they like it, that take half the time of a
+        A CPU has kernels for one matrix, arranged as they like it, that take less time than a
         batched product; and nothing is won there by fewer calls.
 
         Args:

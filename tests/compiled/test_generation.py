@@ -170,18 +170,22 @@ def test_a_conversation_goes_on():
 
 def test_rejection():
     """Its proposals are sampled by drafters; the pass that scores them is the same."""
-    target = tiny_target()
-    out = target.generate(
-        prompt(),
-        max_new_tokens=12,
-        do_sample=True,
-        top_k=0,
-        assistant_models=[tiny_drafters(1)[0]],
-        tree=taps_hf.FixedTree.from_branching([4, 3]),
-        verification="rejection",
-        compile=EAGER,
-    )
-    assert out.shape == (1, 21)
+    texts = []
+    for compiled in (EAGER, False):
+        torch.manual_seed(4)
+        texts.append(
+            tiny_target().generate(
+                prompt(),
+                max_new_tokens=24,
+                do_sample=True,
+                top_k=0,
+                assistant_models=[tiny_drafters(1)[0]],
+                tree=taps_hf.FixedTree.from_branching([4, 3]),
+                verification="rejection",
+                compile=compiled,
+            )
+        )
+    assert torch.equal(*texts)
 
 
 def test_to_the_end_of_the_targets_positions():

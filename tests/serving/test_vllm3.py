@@ -86,6 +86,8 @@ def results(tmp_path_factory, target, drafters) -> dict[str, dict[str, Any]]:
         jobs[f"{name}, one"] = {**few, "speculative": one}
     export_composed(drafters["original"], folder / "request", target, "request")
     jobs["request"] = {**batch, "speculative": drafted_by(folder / "request", "eagle3")}
+    export_composed(drafters["original"], folder / "draft", target, "draft")
+    jobs["draft"] = {**few, "speculative": drafted_by(folder / "draft", "eagle3")}
     probable = {**jobs["original"]["speculative"], "draft_sample_method": "probabilistic"}
     jobs["sampled"] = {**batch, "temperature": 0.7, "speculative": probable}
     jobs["eagle"] = {**batch, "speculative": drafted_by(folder / "original", "eagle")}
@@ -112,7 +114,15 @@ def test_texts_are_plain_ones_in_a_batch(results, name):
     assert served == plain
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "request", "sampled"])
+def test_who_drafts_alone_knows_the_text(results):
+    """One request at a time: what is fed back and what is scored are one drafter's, and differ."""
+    plain, served = (results[each]["answers"] for each in ("plain, few", "draft"))
+    assert [answer["tokens"] for answer in served] == [answer["tokens"] for answer in plain]
+    needed = {name: results[name]["counted"]["drafts"] for name in ("draft", "original, one")}
+    assert needed["draft"] < needed["original, one"]  # who knows half of the texts
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "request", "draft", "sampled"])
 def test_both_drafters_take_part_and_are_counted(results, name):
     found = results[name]["by_drafter"]
     print(name, found, results[name]["counted"])
