@@ -75,9 +75,10 @@ $(VENV)-vllm/.installed: pyproject.toml
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest tests/peers/test_vllm.py
 
-# The plugin with which vLLM serves several drafters.
+# The plugin with which vLLM serves several drafters; files side by side, since starting an engine
+# takes most of the time.
 test-serve: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/serving
+	$(VENV)-vllm/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile tests/serving
 
 serve-demo: $(VENV)-vllm/.installed
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(VENV)-vllm/bin/python examples/serving.py

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contexts import filling, tokens_of
 from models import (
     DTYPES,
     ROOT,
@@ -219,18 +220,8 @@ def _encoder(
     device: torch.device,
 ) -> Callable[[str], torch.Tensor]:
     """Encodes questions: (1, T) int64, T at least `context`, filled up with the filler's texts."""
-    others = "\n\n".join(prompt.text for prompt in filler)
-
-    def encode(text: str) -> torch.Tensor:
-        ids = _tokens(tokenizer, text)
-        if (missing := context - ids.shape[1]) > 0:
-            # Above the question, cut to the length asked for, and repeated if there is too little.
-            above = tokenizer(others, add_special_tokens=False)["input_ids"]
-            above = (above * (missing // len(above) + 1))[:missing]
-            ids = _tokens(tokenizer, f"{tokenizer.decode(above)}\n\n{text}")
-        return ids.to(device)
-
-    return encode
+    fill = filling(tokenizer, filler, context)
+    return lambda text: tokens_of(tokenizer, fill(text)).to(device)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -311,15 +302,6 @@ def _tree(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not DEPTH,TOP_K,NUM_NODES, all positive")
     depth, top_k, num_nodes = map(int, text.split(","))
     return depth, top_k, num_nodes
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """(1, T) int64: the tokens of a question."""
-    messages = [{"role": "user", "content": text}]
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return encoded["input_ids"]
 
 
 if __name__ == "__main__":

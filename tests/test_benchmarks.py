@@ -13,6 +13,7 @@ import parts
 import pytest
 import settings
 import torch
+import windows
 from prompts import Prompt, read_prompts
 from results import HINDSIGHT, Figures, Results, Row, faster, interval, markdown, overall
 from transformers import AutoTokenizer
@@ -316,6 +317,30 @@ def test_contexts_are_filled_from_files_and_seen_through_windows(
     tokenizer = AutoTokenizer.from_pretrained(models[models.index("--target") + 1])
     words = tokenizer("t7 t8 t9", add_special_tokens=False)["input_ids"]
     assert all(asked[0][0].tolist().count(word) > 3 for word in words)  # they had to be repeated
+
+
+def test_windows_say_what_generation_accepts(models, questions, tmp_path, capsys):
+    """The same tau as that of answers that drafters with such a window wrote."""
+    contexts, sizes = (30, 60), (None, 7)
+    command = [*models, "--prompts", str(questions), "--max-new-tokens", "12"]
+    options = ["--context", *map(str, contexts), "--windows", "7", "--tree", "2", "4", "4"]
+    records = ["--records", str(tmp_path / "records")]
+    assert windows.main([*command, *options, *records]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = {(row[0], row[1]): row[3:] for row in lines if row[0] in ("| 30", "| 60")}
+    assert len(found) == 4
+    for column, size in enumerate(sizes):
+        for context in contexts:
+            seen = [] if size is None else ["--context-window", str(size)]
+            out = tmp_path / f"{context}-{size}.json"
+            given = ["--trees", "2,4,4", "--strategies", "single", "--out", str(out), *seen]
+            assert decode.main([*command, *given, "--context", str(context)]) == 0
+            rows = json.loads(out.read_text())["rows"]
+            for name in ("math", "chat"):
+                of = [row for row in rows if f" {name} " in row["variant"]]
+                tau = sum(row["tokens"] for row in of) / sum(row["cycles"] for row in of)
+                said = float(found[f"| {context}", name][column].rstrip(" |"))
+                assert said == pytest.approx(tau, abs=0.0051), (context, size, name)
 
 
 def test_drafters_may_score_fewer_tokens(models, questions, monkeypatch, capsys):

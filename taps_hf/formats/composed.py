@@ -21,7 +21,7 @@ from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
 from .composition import ARCHITECTURES, Composition, Dialect, Routing
 from .reading import EXTRA
-from .written import LAYER, Written, common_reasons, layer_of
+from .written import LAYER, Written, common_reasons, layer_of, window_notes
 
 _FAMILIES = {EagleDrafter: ("llama", "mistral", "qwen2"), Eagle3Drafter: ("llama", "qwen3")}
 # What one computation for all of them needs to be equal, of `layer_of`.
@@ -222,10 +222,4 @@ def _notes(drafters: Mapping[str, FeatureDrafter]) -> list[str]:
             "all tokens of the target are scored, by each drafter: fewer (`--draft-vocab 4096`) "
             "take much less time where the target is small"
         )
-    windows = [name for name, one in drafters.items() if one.config.context_window is not None]
-    if windows:
-        notes.append(
-            f"the context windows of {', '.join(windows)} have no place there: the whole context "
-            "is looked at"
-        )
-    return notes
+    return notes + window_notes(drafters)

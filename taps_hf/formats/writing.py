@@ -20,7 +20,7 @@ from ..drafters.modeling_feature import FeatureDrafter
 from ..files import write_json
 from . import write_eagle, write_eagle3
 from .load import read_drafter
-from .written import Written
+from .written import Written, window_notes
 
 _Writer = Callable[[Any, PreTrainedModel], Written]
 
@@ -58,6 +58,7 @@ def written_as(
             f"{' or '.join(known.__name__ for known in writers)}."
         )
     found = writers[kind](drafter, target)
+    found.notes += window_notes({"the drafter": drafter})
     dtype = drafter.dtype if dtype is None else dtype
     found.config["torch_dtype"] = found.config["dtype"] = str(dtype).removeprefix("torch.")
     found.tensors = {

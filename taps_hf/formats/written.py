@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,13 @@ class Written:
     tensors: dict[str, torch.Tensor]
     token_map: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def window_notes(drafters: Mapping[str, FeatureDrafter]) -> list[str]:
+    """That engines do not know `context_window`, if any of some drafters has one."""
+    found = [name for name, one in drafters.items() if one.config.context_window is not None]
+    said = f"the context windows of {', '.join(found)} have no place there: the whole context is"
+    return [f"{said} looked at"] if found else []
 
 
 def refuse(to: str, **reasons: str | None) -> None:

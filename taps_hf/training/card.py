@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
+from ..drafters.configuration_feature import FeatureDrafterConfig
 from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
 from .conversations import DataSource
@@ -65,7 +66,7 @@ def model_card(drafter: FeatureDrafter, record: dict[str, Any]) -> ModelCard:
 
 A one-layer draft model ({millions:.1f} million parameters) for `taps-hf`, with which its target
 emits several tokens per pass; the text stays the target's own. {_holds(drafter)},
-and scores {scored:,} of the target's {config.vocab_size:,} tokens.
+scores {scored:,} of the target's {config.vocab_size:,} tokens, and looks back over {_seen(config)}.
 
     import taps_hf
     drafter = taps_hf.{type(drafter).__name__}.from_pretrained("FOLDER OR HUB NAME")
@@ -97,6 +98,11 @@ def _holds(drafter: FeatureDrafter) -> str:
         layers = ", ".join(map(str, drafter.config.layer_ids))
         return f"It reads the target's hidden states {layers}, has an LM head but no embedding"
     return "It holds neither embedding nor LM head"
+
+
+def _seen(config: FeatureDrafterConfig) -> str:
+    window = config.context_window
+    return "the whole context" if window is None else f"{window:,} tokens (`context_window`)"
 
 
 def _recipe(options: dict[str, Any]) -> str:

@@ -40,7 +40,10 @@ def drafter_to_train(
         size = target.get_output_embeddings().weight.shape[0]
         tokens = frequent_tokens(examples, options.draft_vocab, size)
     build = _new_drafter if options.init_from is None else _given_drafter
-    return build(options, target, tokenizer, tokens).train()
+    drafter = build(options, target, tokenizer, tokens)
+    if options.context_window is not None:
+        drafter.config.context_window = options.context_window
+    return drafter.train()
 
 
 def _given_drafter(

@@ -83,6 +83,9 @@ class TrainOptions:
     eval_depth: int = _option(5, "length of the drafts replayed in evaluation")
     max_length: int = _option(2048, "tokens; longer examples are cut")
     draft_vocab: int | None = _option(None, "tokens the drafter scores: the answers' most frequent")
+    context_window: int | None = _option(
+        None, "slots that the drafter looks back over when it drafts (trained it is on all)"
+    )
     input_norm: bool = _option(False, "normalise the layer's input, as EAGLE's checkpoints don't")
     fc_bias: bool = _option(False, "give the projection of [embedding; feature] a bias")
     layer_ids: list[int] = _option(
@@ -135,6 +138,11 @@ class TrainOptions:
         check_numbers(self, _RANGES)
         if self.max_steps == 0:
             raise ValueError("`max_steps` is 0, expected at least 1, or -1 for `epochs`.")
+        if self.context_window is not None and not 0 < self.context_window <= self.max_length:
+            raise ValueError(
+                f"`context_window` is {self.context_window}, expected a positive number not above "
+                f"`max_length` ({self.max_length}), on which the drafter is trained."
+            )
         self.objective_options()
         self._check_drafter()
         self.sources()

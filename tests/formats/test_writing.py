@@ -119,6 +119,13 @@ def test_a_draft_vocabulary_without_a_place_is_told(tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ENGINES)
+def test_a_window_without_a_place_is_told(tmp_path, to):
+    drafter = eagle3(context_window=4)
+    notes = export(drafter, tmp_path / "out", foreign.target(), to)
+    assert any("the context windows of the drafter have no place there" in note for note in notes)
+
+
+@pytest.mark.parametrize("to", ENGINES)
 @pytest.mark.parametrize("tokens", [TOKENS, None], ids=["draft vocabulary", "whole"])
 def test_eagle3_heads_by_an_obvious_forward(tmp_path, to, tokens):
     drafter = eagle3(tokens=tokens)

@@ -27,6 +27,8 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines run side by side, one thread each
+    "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 

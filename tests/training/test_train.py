@@ -270,6 +270,23 @@ def test_training_goes_on_from_a_drafter(options, tmp_path):
     assert len(EagleDrafter.from_pretrained(f"{tmp_path}/wider").draft_token_ids) == 11
 
 
+def test_a_window_is_kept_with_the_weights_and_trains_nothing_else(options, tmp_path):
+    near = replace(options, max_steps=4, context_window=5)
+    far = replace(near, context_window=None, out=str(tmp_path / "far"))
+    for each in (near, far):
+        train(each)
+    found, expected = weights(near.out), weights(far.out)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert EagleDrafter.from_pretrained(near.out).config.context_window == 5
+    assert "looks back over 5 tokens" in Path(near.out, "README.md").read_text()
+    assert "looks back over the whole context" in Path(far.out, "README.md").read_text()
+    # Whoever goes on from it keeps it, or asks for another.
+    for asked, kept in ((None, 5), (7, 7)):
+        more = replace(near, init_from=near.out, context_window=asked, out=f"{tmp_path}/{asked}")
+        train(more)
+        assert EagleDrafter.from_pretrained(more.out).config.context_window == kept
+
+
 @pytest.fixture
 def eagle3(options) -> TrainOptions:
     return replace(options, objective="eagle3", layer_ids=[1, 2], draft_vocab=12, steps=3)
@@ -495,6 +512,8 @@ def test_bad_input_is_refused_before_work(options, folder, tmp_path, capsys):
     refused("`data` is 'a.jsonl'", data="a.jsonl")
     refused("`epochs` is 0, expected above 0", epochs=0)
     refused("`out` is", out=3)
+    refused("`context_window` is 0, expected a positive", context_window=0)
+    refused(r"not above `max_length` \(2048\)", context_window=2049)
     refused("is given twice", eval_data=options.data)
     refused("`draft_vocab` is 17", draft_vocab=17, out=str(tmp_path / "a"))
     refused("none is held out", held_out=1e-9, out=str(tmp_path / "b"))
