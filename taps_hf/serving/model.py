@@ -17,7 +17,7 @@ from torch import nn
 from ..formats.composition import Composition
 from ..formats.reading import EXTRA
 from .heads import StackedHead
-from .routing import Best, Evidence, best_tokens, chosen, surest
+from .routing import Best, Evidence, Trust, best_tokens, chosen, surest
 from .stacked import StackedTrunks
 from .stacked3 import StackedEagle3
 from .stacks import Apply, LayerShape, Loading, Part, StackedLinear, alone, by_drafter
@@ -161,10 +161,12 @@ class ComposedForCausalLM(nn.Module):
         self._each: list[tuple[nn.Module, nn.Module | None]] = []
         self._held: torch.Tensor | None = None  # (n,) int64: whose the drafts of a batch are
         self._drafter: int | None = None  # whose all of them are
-        self.evidence: Evidence | None = None
+        self.evidence: Evidence | Trust | None = None
         self.slots: torch.Tensor | None = None
         self.picks: torch.Tensor | None = None
         """(n,) int64: whose the tokens are that were last chosen."""
+        self.foreseen: torch.Tensor | None = None
+        """(K, n) int64: what each drafter would have begun the drafts with; routing per draft."""
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(n, hidden) from (n,)."""
@@ -206,11 +208,11 @@ class ComposedForCausalLM(nn.Module):
         """Get ready, when the drafters are loaded and vLLM has shared the target's head.
 
         Args:
-            most_requests: in a batch, of which routing per request remembers each.
+            most_requests: in a batch, of which routing per request and per draft remember each.
         """
         device = self.model.trunks.fc.weight.device
-        if self.composition.routing == "request":
-            self.evidence = Evidence(self.count, most_requests, device)
+        if kind := {"request": Evidence, "draft": Trust}.get(self.composition.routing):
+            self.evidence = kind(self.count, most_requests, device)
         if self.head is not None and not self.head.own:
             self._copy_rows()
         if device.type != "cpu":
@@ -241,7 +243,7 @@ class ComposedForCausalLM(nn.Module):
         self.head.copy_rows(tensor_model_parallel_all_reduce(rows))
 
     def follow(self, slots: torch.Tensor, new: torch.Tensor) -> None:
-        """Say whose the next rows are, for routing per request.
+        """Say whose the next rows are, for routing that remembers requests.
 
         Args:
             slots: (n,) int64: where each row's request is remembered.
@@ -253,7 +255,7 @@ class ComposedForCausalLM(nn.Module):
     def forget(self) -> None:
         """Begin a draft, in which nobody drafts yet, or end it: for routing per draft.
 
-        Whoever is surest of the first token drafts the others. Where that is the same drafter in
+        Whoever is chosen by the first token drafts the others. Where that is the same drafter in
         all of a batch, it runs alone until the draft ends, on a CPU: there what does not run is
         time saved, and asking who it is costs none. What the others have not read of the draft
         they read with everybody else, when it has been verified.
@@ -289,15 +291,17 @@ class ComposedForCausalLM(nn.Module):
         return full.scatter_reduce_(1, self.token_ids[self.picks], scores, "amax")
 
     def _pick(self, best: Best) -> torch.Tensor:
-        if self.composition.routing == "draft":
-            if self._held is None:
-                self._held = surest(best)
-                if self._each and bool((self._held == self._held[0]).all()):
-                    self._drafter = int(self._held[0])
+        if self._held is not None:
             return self._held
-        if self.evidence is None or self.slots is None or len(self.slots) != best.tokens.shape[1]:
-            return surest(best)
-        return self.evidence.surest(best, self.slots)
+        known = self.slots is not None and len(self.slots) == best.tokens.shape[1]
+        drafters = surest(best)
+        if self.evidence is not None and known:  # not where vLLM tries out how much it can hold
+            drafters = self.evidence.surest(best, self.slots)
+        if self.composition.routing == "draft":
+            self._held, self.foreseen = drafters, best.tokens
+            if self._each and bool((drafters == drafters[0]).all()):
+                self._drafter = int(drafters[0])
+        return drafters
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(K, n, scored), or of the one who drafts alone (1, n, scored)."""

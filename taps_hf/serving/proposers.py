@@ -9,6 +9,7 @@ older one is tested here; the newer one could only be read.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,20 @@ class _Tally:
             self._copied = now
 
 
+@dataclass(frozen=True)
+class _Verified:
+    """What became of the last proposal, by request of the batch.
+
+    Args:
+        rows: (n,) int64: where each request was in it; of those that were not, any.
+        drafted, accepted: (n,) integers: how many of its tokens were verified and accepted.
+    """
+
+    rows: torch.Tensor
+    drafted: torch.Tensor
+    accepted: torch.Tensor
+
+
 class ComposedProposer(EagleProposer):
     """Of the older runner."""
 
@@ -77,6 +92,8 @@ class ComposedProposer(EagleProposer):
         self._slots = Slots(self.max_batch_size)
         self._picks: list[torch.Tensor] = []  # by step, (n,)
         self._rows: dict[str, int] = {}  # of the last proposal, by request
+        self._last: torch.Tensor | None = None  # (n, L): that proposal
+        self._verified: _Verified | None = None
 
     def _draft_to_the_end(self) -> None:
         """Have the runner ask for drafts until a request is as long as the target's may be.
@@ -113,6 +130,7 @@ class ComposedProposer(EagleProposer):
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,
         *args: Any,
+        next_token_ids: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
         """As the base class, noting whose each token is.
@@ -121,20 +139,41 @@ class ComposedProposer(EagleProposer):
         nothing runs: the base class would have drafters read along. What has been answered
         meanwhile they do not know when drafting begins again, and foresee less for a while.
         """
+        verified, self._verified = self._verified, None
         if not num_speculative_tokens and len(target_token_ids) == self.runner.input_batch.num_reqs:
             self.num_speculative_tokens, self._last_draft_probs, self._picks = 0, None, []
             return target_token_ids.new_empty(len(target_token_ids), 0, dtype=torch.int64)
         requests = list(self.runner.input_batch.req_ids)
-        self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
-        if self.model.composition.routing == "request":
-            slots, new = self._slots.of(requests, self.runner.requests)
-            self.model.follow(
-                *(torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, new))
+        if self.model.evidence is not None:
+            slots, new = (
+                torch.tensor(x, dtype=torch.int64, device=self.device)
+                for x in self._slots.of(requests, self.runner.requests)
             )
+            self.model.follow(slots, new)
+            if verified is not None:
+                self._hear(slots, verified, next_token_ids)
+        self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
         self.model.forget()
-        proposed = super().propose(num_speculative_tokens, target_token_ids, *args, **kwargs)
+        self._last = super().propose(
+            num_speculative_tokens, target_token_ids, *args, next_token_ids=next_token_ids, **kwargs
+        )
         self.model.forget()
-        return proposed
+        return self._last
+
+    def _hear(self, slots: torch.Tensor, verified: _Verified, next_token_ids: torch.Tensor) -> None:
+        """Tell the model, for routing per draft, who foresaw the first tokens of the last drafts.
+
+        Args:
+            slots: (n,) int64: of the requests.
+            verified: what became of their drafts.
+            next_token_ids: (n,): the target's own tokens after what was accepted.
+        """
+        if self.model.composition.routing != "draft":
+            return
+        emitted = torch.where(verified.accepted > 0, self._last[verified.rows, 0], next_token_ids)
+        heard = verified.drafted > 0
+        foreseen = self.model.foreseen[:, verified.rows[heard]]
+        self.model.evidence.hear(slots[heard], foreseen, emitted[heard])
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
         sampled = super()._sample_draft_tokens(*args, **kwargs)
@@ -165,9 +204,10 @@ class ComposedProposer(EagleProposer):
         requests = self.runner.input_batch.req_ids
         drafted = [n if request in self._rows else 0 for request, n in zip(requests, drafted)]
         rows = [self._rows.get(request, 0) for request in requests]
-        picks = torch.stack(self._picks, dim=1)[torch.tensor(rows, device=self.device)]
-        verified = torch.tensor(drafted, device=self.device)
-        self._tally.add(picks, verified, torch.minimum(accepted, verified))
+        rows, drafted = (torch.tensor(x, device=self.device) for x in (rows, drafted))
+        accepted = torch.minimum(accepted, drafted)
+        self._verified = _Verified(rows, drafted, accepted)
+        self._tally.add(torch.stack(self._picks, dim=1)[rows], drafted, accepted)
 
 
 class ComposedSpeculator(EagleSpeculator):

@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from taps_hf import ChainTree, EagleDrafter
+from taps_hf import ChainTree, DraftTree, EagleDrafter, GenerationContext
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.exchange import export_composed
 from taps_hf.formats.composition import Routing
+from taps_hf.serving.routing import Trust
+from taps_hf.strategies import Choice, CycleOutcome, Strategy
 
 from ..test_real import encode
 
@@ -94,19 +97,21 @@ def drafted_by(folder: Path, method: str) -> dict[str, Any]:
 
 def chain(
     target: PreTrainedModel,
-    drafter: FeatureDrafter,
+    drafters: FeatureDrafter | list[FeatureDrafter],
     prompts: list[list[int]],
     new_tokens: int = NEW_TOKENS,
+    strategy: str | Strategy = "single",
 ) -> list[dict[str, Any]]:
     """The same of our own decoding, drafting chains of the same length."""
+    drafters = drafters if isinstance(drafters, list) else [drafters]
     answers = []
     for prompt in prompts:
         out = target.generate(
             torch.tensor([prompt]),
             max_new_tokens=new_tokens,
             do_sample=False,
-            assistant_models=[drafter],
-            strategy="single",
+            assistant_models=drafters,
+            strategy=strategy,
             tree=ChainTree(LENGTH),
             return_dict_in_generate=True,
         )
@@ -119,6 +124,29 @@ def chain(
             }
         )
     return answers
+
+
+class ByTrust(Strategy):
+    """Routing per draft as it is written down in `taps_hf.serving.routing.Trust`, for one text."""
+
+    def begin(self, context: GenerationContext) -> Strategy:
+        begun = ByTrust()
+        begun.right = [Trust.BEFORE / 2] * context.num_drafters
+        return begun
+
+    def compose(self, trees: Mapping[int, DraftTree]) -> Choice:
+        self.first = {i: int(tree.tokens[1]) for i, tree in trees.items()}
+        scores = {
+            i: float(tree.confidence[i, 1]) * self.right[i] ** Trust.POWER
+            for i, tree in trees.items()
+        }
+        best = max(scores, key=scores.get)
+        return Choice(trees[best], (best,))
+
+    def observe(self, outcome: CycleOutcome) -> None:
+        for i, token in self.first.items():
+            right = token == outcome.emitted[0].token
+            self.right[i] = Trust.KEPT * self.right[i] + right
 
 
 def assert_as_ours(

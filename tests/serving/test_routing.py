@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taps_hf.serving.routing import Best, Evidence, Slots, best_tokens, chosen, surest
+from taps_hf.serving.routing import Best, Evidence, Slots, Trust, best_tokens, chosen, surest
 
 LOGITS = torch.tensor(
     [  # two drafters, three rows, four tokens
@@ -52,6 +52,42 @@ def test_evidence_of_a_request_is_summed_until_it_is_forgotten():
     assert evidence.surest(later, slots).tolist() == [1, 0]
     evidence.forget(torch.tensor([2]))
     assert evidence.surest(later, slots).tolist() == [0, 0]
+
+
+def test_who_was_right_of_late_is_trusted():
+    """Against the rule written out: confidence times the square of a fading count."""
+    trust, rng = Trust(2, 3, "cpu"), torch.Generator().manual_seed(0)
+    right = [[Trust.BEFORE / 2] * 2 for _ in range(3)]
+    for step in range(60):
+        slots = torch.randperm(3, generator=rng)[:2]
+        if step == 30:  # another request begins there
+            trust.forget(slots[:1])
+            right[slots[0]] = [Trust.BEFORE / 2] * 2
+        foreseen = torch.randint(4, (2, 2), generator=rng)
+        emitted = torch.randint(4, (2,), generator=rng)
+        trust.hear(slots, foreseen, emitted)
+        for row, slot in enumerate(slots.tolist()):
+            for k in range(2):
+                hit = float(foreseen[k, row] == emitted[row])
+                right[slot][k] = Trust.KEPT * right[slot][k] + hit
+        confidences = torch.rand(2, 2, generator=rng)
+        found = trust.surest(Best(foreseen, confidences.log()), slots)
+        for row, slot in enumerate(slots.tolist()):
+            first, second = (float(confidences[k, row]) * right[slot][k] ** 2 for k in range(2))
+            assert abs(first - second) > 1e-6
+            assert int(found[row]) == int(second > first)
+
+
+def test_new_requests_trust_nobody_more():
+    """Confidences alone decide, until somebody has been right more often."""
+    trust, slots = Trust(2, 1, "cpu"), torch.tensor([0])
+    said = Best(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[0.3], [0.4]]).log())
+    assert trust.surest(said, slots).tolist() == [1]
+    for _ in range(3):
+        trust.hear(slots, torch.tensor([[5], [6]]), torch.tensor([5]))
+    assert trust.surest(said, slots).tolist() == [0]
+    trust.forget(slots)
+    assert trust.surest(said, slots).tolist() == [1]
 
 
 def test_requests_keep_their_slots_while_they_are_there():

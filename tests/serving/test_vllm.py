@@ -19,6 +19,7 @@ from ..test_real import CARDS, QUESTIONS
 from .served import (
     LENGTH,
     SMALL_VOCAB,
+    ByTrust,
     assert_as_ours,
     chain,
     compose_small,
@@ -158,6 +159,13 @@ def test_who_drafts_alone_is_the_right_one(results):
     assert [answer["tokens"] for answer in served] == [answer["tokens"] for answer in plain]
     needed = {name: results[f"{name}, few"]["counted"]["drafts"] for name in ("draft", "math")}
     assert needed["draft"] < needed["math"]
+
+
+def test_routing_per_draft_follows_the_rule(results, real_at_folder, prompts, drafters):
+    """That of `Trust`, in our own decoding: who was right in a request counts from then on."""
+    ours = chain(real_at_folder, [*drafters.values()], prompts[:FEW], strategy=ByTrust())
+    served, plain = (results[f"{name}, few"]["answers"] for name in ("draft", "plain"))
+    assert_as_ours(served, plain, ours, "draft")
 
 
 def test_sampled_drafts_are_accepted(results):
