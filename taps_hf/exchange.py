@@ -18,7 +18,7 @@ from .embedded import EMBEDDED_TARGET, load_embedded_tokenizer
 from .ends import load_ends
 from .files import ResultFolder, write_text
 from .formats.composed import check_composed, compose
-from .formats.composition import Composition, Routing
+from .formats.composition import PER_TOKEN, Composition, Drafting, Routing
 from .formats.load import OURS, is_ours, read_drafter
 from .formats.reading import EXTRA
 from .formats.writing import ENGINES, check_read_back, write, written_as
@@ -118,7 +118,7 @@ def export_composed(
     drafters: Mapping[str, FeatureDrafter],
     out: Path,
     target: PreTrainedModel,
-    routing: Routing = "token",
+    drafting: Drafting = PER_TOKEN,
     dtype: torch.dtype | None = None,
     sources: Mapping[str, str | Path] | None = None,
 ) -> list[str]:
@@ -129,7 +129,7 @@ def export_composed(
             and biases, for which vLLM's own EAGLE drafters have no place.
         out: folder to write.
         target: that they are for.
-        routing: see [`formats.composition.Composition`].
+        drafting: how they draft together.
         dtype: of the weights, by default the first drafter's.
         sources: where drafters lie, so that they are not written over.
 
@@ -143,7 +143,7 @@ def export_composed(
     result = ResultFolder(out, "export", {"compose": used})
     for name, drafter in drafters.items():
         check_drafter(name, drafter, target)
-    written = compose(drafters, target, routing, dtype)
+    written = compose(drafters, target, drafting, dtype)
     with result.writing() as folder:
         write(written, folder)
         check_composed(folder, drafters)
@@ -284,6 +284,19 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "(default), in each draft (faster on a CPU), or in each request",
     )
     parser.add_argument(
+        "--stop-below",
+        type=float,
+        metavar="P",
+        help="with --compose: on a CPU drafts end when none of a batch is as likely as this to be "
+        f"right to its end (default: {Drafting.stop_below}; 0: never)",
+    )
+    parser.add_argument(
+        "--lookup",
+        action=argparse.BooleanOptionalAction,
+        help="with --compose: on a CPU drafts also come from what a request's own text says "
+        "(default: with --routing draft)",
+    )
+    parser.add_argument(
         "--draft-vocab",
         type=int,
         metavar="N",
@@ -301,7 +314,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.compose is not None:
         _export_composed(options)
         return
-    for argument in ("routing", "draft_vocab"):
+    for argument in ("routing", "stop_below", "lookup", "draft_vocab"):
         if (value := getattr(options, argument)) is not None:
             raise ValueError(f"`{argument}` is {value!r}, which is for `--compose`.")
     kind = is_ours(options.drafter)
@@ -330,10 +343,11 @@ def _export_composed(options: argparse.Namespace) -> None:
     for name, drafter in drafters.items():
         if options.draft_vocab is not None:
             _cut(name, drafter, options.draft_vocab)
-    routing = options.routing or "token"
-    for note in export_composed(drafters, options.out, target, routing, _dtype(options), paths):
+    asked = {name: getattr(options, name) for name in ("routing", "stop_below", "lookup")}
+    drafting = Drafting(**{name: value for name, value in asked.items() if value is not None})
+    for note in export_composed(drafters, options.out, target, drafting, _dtype(options), paths):
         print(f"Note: {note}.")
-    print(f"Wrote {options.out} for vLLM: {', '.join(drafters)}, routed by {routing}")
+    print(f"Wrote {options.out} for vLLM: {', '.join(drafters)}, routed by {drafting.routing}")
 
 
 def _cut(name: str, drafter: FeatureDrafter, scored: int) -> None:

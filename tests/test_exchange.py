@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -103,7 +105,10 @@ def test_export_composed(tmp_path, target, capsys):
     assert "for vLLM: math, chat, routed by token" in capsys.readouterr().out
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found["drafters.1.draft_token_ids"].tolist() == [0, 1, 2, 3]
-    assert main([*given, "--compose", *pairs, "--routing", "request"]) == 0  # replaces its own
+    more = ["--routing", "request", "--stop-below", "0.25"]
+    assert main([*given, "--compose", *pairs, *more]) == 0  # replaces its own
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["taps_hf"]["drafting"]
+    assert said == {"routing": "request", "stop_below": 0.25, "lookup": False}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,13 @@ def test_export_composed(tmp_path, target, capsys):
         (["OURS", "--to", "vllm", "--compose", "a=OURS"], "expected one of the two"),
         (["OURS", "--to", "vllm", "--routing", "token"], "`routing` is 'token', which is for `--c"),
         (["--to", "vllm", "--compose", "a=OURS", "a=HEAD"], "expected NAME=PATH with distinct"),
+        (["OURS", "--to", "vllm", "--no-lookup"], "`lookup` is False, which is for `--compose`"),
+        (["--to", "vllm", "--compose", "a=OURS", "--lookup"], "not with 'token'"),
+        (["OURS", "--to", "vllm", "--stop-below", "0"], "`stop_below` is 0.0, which is for `--c"),
+        (
+            ["--to", "vllm", "--compose", "a=OURS", "--stop-below", "1"],
+            "expected from 0 to below 1",
+        ),
         (["--to", "vllm", "--compose", "a=HEAD"], "is not in our format"),
         (["--to", "vllm", "--compose", "a=OURS", "b=OURS"], "have the same weights"),
         (["--to", "vllm", "--compose", "a=OURS", "b=NEW3"], "expected one kind"),

@@ -159,6 +159,25 @@ def grow(
     )
 
 
+def likeliest(
+    automaton: SuffixAutomaton, length: int, min_match: int = 1
+) -> list[tuple[int, float]]:
+    """How a text most likely goes on, with each token's probability after those before it.
+
+    Args:
+        automaton: over the text.
+        length: tokens at most; fewer where nothing is known to follow.
+        min_match: shorter contexts do not vote.
+    """
+    found: list[tuple[int, float]] = []
+    place = (automaton.longest_match, automaton.length(automaton.longest_match))
+    while len(found) < length and (following := _following(automaton, *place, min_match)):
+        token = max(following, key=lambda token: following[token][0])
+        sure, place = following[token]
+        found.append((token, sure))
+    return found
+
+
 def _following(
     automaton: SuffixAutomaton, state: int, matched: int, min_match: int
 ) -> dict[int, tuple[float, tuple[int, int]]]:

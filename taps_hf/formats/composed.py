@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..drafters.modeling_eagle import EagleDrafter
 from ..drafters.modeling_eagle3 import Eagle3Drafter
 from ..drafters.modeling_feature import FeatureDrafter
-from .composition import ARCHITECTURES, Composition, Dialect, Routing
+from .composition import ARCHITECTURES, PER_TOKEN, Composition, Dialect, Drafting
 from .reading import EXTRA
 from .written import LAYER, Written, common_reasons, layer_of, window_notes
 
@@ -39,7 +39,7 @@ _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 def compose(
     drafters: Mapping[str, FeatureDrafter],
     target: PreTrainedModel,
-    routing: Routing = "token",
+    drafting: Drafting = PER_TOKEN,
     dtype: torch.dtype | None = None,
 ) -> Written:
     """What the folder holds of some drafters.
@@ -47,7 +47,7 @@ def compose(
     Args:
         drafters: by name; one or more, each of which fits the target.
         target: that they draft for.
-        routing: see [`Composition`].
+        drafting: how they draft together.
         dtype: of the weights, by default the first drafter's.
 
     Raises:
@@ -71,7 +71,7 @@ def compose(
         fc_biases=tuple(drafter.fc.bias is not None for drafter in each),
         input_norm=new or first.config.input_norm,
         qkv_bias=_has(first, "q_proj.bias"),
-        routing=routing,
+        drafting=drafting,
         target=first.config.target_name_or_path,
         eagle3=_dialect(each) if new else None,
     )

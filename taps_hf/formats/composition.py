@@ -12,7 +12,9 @@ ARCHITECTURES = {"eagle": "EagleTapsForCausalLM", "eagle3": "Eagle3TapsForCausal
 """Of folders, by vLLM's method, which vLLM puts before names that do not begin with it."""
 
 Routing = Literal["token", "draft", "request"]
-_FORMAT = 1
+LOOKUP = "lookup"
+"""What the drafter is called that is not learned."""
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,46 @@ class Dialect:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """How composed drafters draft together.
+
+    Args:
+        routing: "token" takes each token from the drafter that is surest of its own best one;
+            "draft" takes all tokens of a draft from the drafter that is surest of the first and has
+            been right of late, so that the others need not read the rest; "request" takes each
+            from the one that has been surest on average in this request so far.
+        stop_below: drafts end when no request's draft is as likely as this to be right to its last
+            token, by the drafters' own account; 0 for never. Where that is known without waiting,
+            on CPUs. (On two cores speed hardly depends on it from 0.1 to 0.4: docs/serving.md.)
+        lookup: whether one more drafter, which costs nothing, proposes what followed in a request's
+            own text where its last tokens stood before. On CPUs. By default with routing per
+            draft, which alone it goes with.
+    """
+
+    routing: Routing = "token"
+    stop_below: float = 0.2
+    lookup: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.routing not in get_args(Routing):
+            raise ValueError(
+                f"`routing` is {self.routing!r}, expected 'token', 'draft' or 'request'."
+            )
+        if not 0 <= self.stop_below < 1:
+            raise ValueError(f"`stop_below` is {self.stop_below}, expected from 0 to below 1.")
+        if self.lookup is None:
+            object.__setattr__(self, "lookup", self.routing == "draft")
+        if self.lookup and self.routing != "draft":
+            raise ValueError(
+                f"`lookup` goes with `routing` 'draft', not with {self.routing!r}: what is looked "
+                "up is a whole draft."
+            )
+
+
+PER_TOKEN = Drafting()
+
+
+@dataclass(frozen=True)
 class Composition:
     """Several drafters as one.
 
@@ -50,11 +92,8 @@ class Composition:
         fc_biases: whether each one's projection has a bias.
         input_norm: whether their layers normalise their input.
         qkv_bias: whether their attention has biases on its inputs.
-        routing: "token" takes each token from the drafter that is surest of its own best one;
-            "draft" takes all tokens of a draft from the drafter that is surest of the first, so
-            that the others need not read the rest; "request" takes each from the one that has
-            been surest on average in this request so far.
         target: the name of the target, for messages; None if it has none.
+        drafting: how they draft together.
         eagle3: of EAGLE-3 drafters; None for EAGLE-2 and HASS.
         format: of the folder; others are refused.
     """
@@ -65,15 +104,16 @@ class Composition:
     fc_biases: tuple[bool, ...]
     input_norm: bool
     qkv_bias: bool
-    routing: Routing = "token"
     target: str | None = None
+    drafting: Drafting = PER_TOKEN
     eagle3: Dialect | None = None
     format: int = _FORMAT
 
     def __post_init__(self) -> None:
-        if self.routing not in get_args(Routing):
+        if self.drafting.lookup and LOOKUP in self.names:
             raise ValueError(
-                f"`routing` is {self.routing!r}, expected 'token', 'draft' or 'request'."
+                f"A drafter is called {LOOKUP!r}, the name under which looked up tokens are "
+                "counted; expected another name."
             )
 
     @property
@@ -95,6 +135,8 @@ class Composition:
             )
         given = {name: _tuples(value) for name, value in fields.items()}
         try:
+            if "drafting" in given:
+                given["drafting"] = Drafting(**given["drafting"])
             if given.get("eagle3") is not None:
                 given["eagle3"] = Dialect(**given["eagle3"])
             return cls(**given)

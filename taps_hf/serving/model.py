@@ -17,7 +17,7 @@ from torch import nn
 from ..formats.composition import Composition
 from ..formats.reading import EXTRA
 from .heads import StackedHead
-from .routing import Best, Evidence, Trust, best_tokens, chosen, surest
+from .routing import Router, best_tokens, of_chosen
 from .stacked import StackedTrunks
 from .stacked3 import StackedEagle3
 from .stacks import Apply, LayerShape, Loading, Part, StackedLinear, alone, by_drafter
@@ -157,16 +157,9 @@ class ComposedForCausalLM(nn.Module):
         )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.head = _head(self.composition, self.config)
-        # Each drafter's trunk and head, where a draft may be one drafter's alone; see `forget`.
+        # Each drafter's trunk and head, where a draft may be one drafter's alone.
         self._each: list[tuple[nn.Module, nn.Module | None]] = []
-        self._held: torch.Tensor | None = None  # (n,) int64: whose the drafts of a batch are
-        self._drafter: int | None = None  # whose all of them are
-        self.evidence: Evidence | Trust | None = None
-        self.slots: torch.Tensor | None = None
-        self.picks: torch.Tensor | None = None
-        """(n,) int64: whose the tokens are that were last chosen."""
-        self.foreseen: torch.Tensor | None = None
-        """(K, n) int64: what each drafter would have begun the drafts with; routing per draft."""
+        self.router: Router | None = None
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(n, hidden) from (n,)."""
@@ -182,45 +175,43 @@ class ComposedForCausalLM(nn.Module):
         """See [`ComposedTrunks`]."""
         if inputs_embeds is not None:
             raise ValueError("The drafters read tokens, but vLLM gives embeddings (of images?).")
-        if self._drafter is None:
+        if (drafter := self.router.alone) is None:
             return self.model(input_ids, positions, hidden_states)
-        trunk, _ = self._each[self._drafter]
-        attention = [self.model.attention[self._drafter]]
-        own = hidden_states[:, self._own(self._drafter)]
-        scored, fed = self.model.run(trunk, attention, input_ids, positions, own)
-        wide = self._widened(scored, hidden_states)
-        return wide, wide if fed is scored else self._widened(fed, hidden_states)
+        trunk, _ = self._each[drafter]
+        place = self._place(drafter)
+        given = (trunk, [self.model.attention[drafter]], input_ids, positions)
+        scored, fed = self.model.run(*given, hidden_states[:, place])
+        wide = _with(hidden_states, place, scored)
+        return wide, wide if fed is scored else _with(hidden_states, place, fed)
 
-    def _own(self, drafter: int) -> slice:
+    def _place(self, drafter: int) -> slice:
+        """Where a drafter's states are among all of them."""
         width = self.composition.hidden_size
         return slice(drafter * width, (drafter + 1) * width)
-
-    def _widened(self, own: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        wide = states.clone()
-        wide[:, self._own(self._drafter)] = own
-        return wide
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, K * hidden): what the drafters make of what vLLM gives them of the target."""
         return self.model.trunks.combine(hidden_states)
 
-    def begin(self, most_requests: int) -> None:
+    def begin(self, most_requests: int, lookup: bool = False) -> None:
         """Get ready, when the drafters are loaded and vLLM has shared the target's head.
 
         Args:
             most_requests: in a batch, of which routing per request and per draft remember each.
+            lookup: whether drafts out of requests' own texts will be offered.
         """
         device = self.model.trunks.fc.weight.device
-        if kind := {"request": Evidence, "draft": Trust}.get(self.composition.routing):
-            self.evidence = kind(self.count, most_requests, device)
         if self.head is not None and not self.head.own:
             self._copy_rows()
-        if device.type != "cpu":
+        on_cpu, routing = device.type == "cpu", self.composition.drafting.routing
+        kept = (self.count, most_requests, device)
+        self.router = Router(routing, *kept, can_be_alone=on_cpu, lookup=lookup)
+        if not on_cpu:
             return
         for module in self.modules():
             if isinstance(module, StackedLinear):
                 module.separate(_product)
-        if self.composition.routing == "draft":
+        if routing == "draft":
             self._each = [
                 (alone(self.model.trunks, k), None if self.head is None else alone(self.head, k))
                 for k in range(self.count)
@@ -242,26 +233,6 @@ class ComposedForCausalLM(nn.Module):
         rows = head.weight.data[local] * here[..., None].to(head.weight.dtype)
         self.head.copy_rows(tensor_model_parallel_all_reduce(rows))
 
-    def follow(self, slots: torch.Tensor, new: torch.Tensor) -> None:
-        """Say whose the next rows are, for routing that remembers requests.
-
-        Args:
-            slots: (n,) int64: where each row's request is remembered.
-            new: (m,) int64: slots of requests that begin.
-        """
-        self.evidence.forget(new)
-        self.slots = slots
-
-    def forget(self) -> None:
-        """Begin a draft, in which nobody drafts yet, or end it: for routing per draft.
-
-        Whoever is chosen by the first token drafts the others. Where that is the same drafter in
-        all of a batch, it runs alone until the draft ends, on a CPU: there what does not run is
-        time saved, and asking who it is costs none. What the others have not read of the draft
-        they read with everybody else, when it has been verified.
-        """
-        self._held = self._drafter = None
-
     @property
     def token_ids(self) -> torch.Tensor | None:
         """(K, scored) int64; None where all tokens are scored."""
@@ -269,49 +240,34 @@ class ComposedForCausalLM(nn.Module):
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n,) int64: the token that is proposed after each row of (n, K * hidden)."""
-        if self._drafter is not None:
-            best, self.picks = self._logits(hidden_states)[0].argmax(dim=-1), self._held
-            return best if self.token_ids is None else self.token_ids[self._drafter][best]
-        best = best_tokens(self._logits(hidden_states), self.token_ids)
-        self.picks = self._pick(best)
-        return chosen(best.tokens, self.picks)
+        self.router.choose(best_tokens(*self._scores(hidden_states)))
+        return self.router.chosen.tokens
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, vocabulary): what the chosen drafter scores; -inf for tokens that it does not."""
-        logits = self._logits(hidden_states)
-        if self._drafter is not None:
-            self.picks, scores = self._held, logits[0]
-        else:
-            self.picks = self._pick(best_tokens(logits, self.token_ids))
-            scores = chosen(logits, self.picks)
+        logits, token_ids = self._scores(hidden_states)
+        self.router.choose(best_tokens(logits, token_ids))
+        picks = self.router.picks
+        scores = of_chosen(logits, picks)
         if self.token_ids is None:
             return scores
         full = scores.new_full((len(scores), self.config.vocab_size), float("-inf"))
         # Of tokens that fill up a shorter vocabulary the score is -inf: they change nothing.
-        return full.scatter_reduce_(1, self.token_ids[self.picks], scores, "amax")
+        return full.scatter_reduce_(1, self.token_ids[picks], scores, "amax")
 
-    def _pick(self, best: Best) -> torch.Tensor:
-        if self._held is not None:
-            return self._held
-        known = self.slots is not None and len(self.slots) == best.tokens.shape[1]
-        drafters = surest(best)
-        if self.evidence is not None and known:  # not where vLLM tries out how much it can hold
-            drafters = self.evidence.surest(best, self.slots)
-        if self.composition.routing == "draft":
-            self._held, self.foreseen = drafters, best.tokens
-            if self._each and bool((drafters == drafters[0]).all()):
-                self._drafter = int(drafters[0])
-        return drafters
+    def _scores(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (K, n, scored) and of which tokens (K, scored), None for all of the target's.
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(K, n, scored), or of the one who drafts alone (1, n, scored)."""
-        each, head = by_drafter(hidden_states, self.count), self.head
-        if self._drafter is not None:
-            each, head = each[self._drafter, None], self._each[self._drafter][1]
+        Of the one who drafts alone they are (1, n, scored) and (1, scored).
+        """
+        each, head, token_ids = by_drafter(hidden_states, self.count), self.head, self.token_ids
+        if (drafter := self.router.alone) is not None:
+            each, head = each[drafter, None], self._each[drafter][1]
+            token_ids = None if token_ids is None else token_ids[drafter, None]
         if head is not None:
-            return head(each)
+            return head(each), token_ids
         logits = self.logits_processor(self.lm_head, each.flatten(0, 1))
-        return logits.view(*each.shape[:2], -1)
+        return logits.view(*each.shape[:2], -1), None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take the tensors of a folder; returns the names of the parameters that have them."""
@@ -325,6 +281,13 @@ class ComposedForCausalLM(nn.Module):
         loading.check()
         # vLLM asks for all parameters, also for those whose place the target's take.
         return {name for name, _ in self.named_parameters()}
+
+
+def _with(states: torch.Tensor, place: slice, own: torch.Tensor) -> torch.Tensor:
+    """States of all drafters with those of one in their place."""
+    wide = states.clone()
+    wide[:, place] = own
+    return wide
 
 
 def _product(weight: torch.Tensor) -> Apply:

@@ -8,6 +8,7 @@ older one is tested here; the newer one could only be read.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
+from ..formats.composition import LOOKUP
 from .counters import Counters
-from .routing import Slots
+from .lookups import Lookups
+from .routing import Best, Slots
 from .sampling import mend
 
 _PERIOD = 1.0  # seconds between copies of counts from a device that is not the CPU
@@ -61,6 +64,10 @@ class _Tally:
             self._copied = now
 
 
+class _Enough(Exception):  # noqa: N818 (nothing is wrong)
+    """The rest of a draft is not worth its time."""
+
+
 @dataclass(frozen=True)
 class _Verified:
     """What became of the last proposal, by request of the batch.
@@ -92,8 +99,13 @@ class ComposedProposer(EagleProposer):
         self._slots = Slots(self.max_batch_size)
         self._picks: list[torch.Tensor] = []  # by step, (n,)
         self._rows: dict[str, int] = {}  # of the last proposal, by request
+        self._drafted: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # tokens, distributions
+        self._likely: torch.Tensor | None = None  # (n,): log-probabilities that all of it is right
         self._last: torch.Tensor | None = None  # (n, L): that proposal
         self._verified: _Verified | None = None
+        self._least: float | None = None  # log-probability below which a draft ends
+        self._lookups: Lookups | None = None
+        self._emitted: dict[str, list[int]] = {}  # in this step, and not yet in the runner's texts
 
     def _draft_to_the_end(self) -> None:
         """Have the runner ask for drafts until a request is as long as the target's may be.
@@ -115,8 +127,15 @@ class ComposedProposer(EagleProposer):
     def load_model(self, target_model: torch.nn.Module) -> None:
         """As the base class, and then what needs the target's head."""
         super().load_model(target_model)
-        self.model.begin(self.max_batch_size)
-        self._tally = _Tally(self.model.composition.names, self.vllm_config, self.device)
+        drafting, names = self.model.composition.drafting, self.model.composition.names
+        if self.device.type == "cpu":  # elsewhere the host would have to wait for what it asks
+            if drafting.stop_below:
+                self._least = math.log(drafting.stop_below)
+            # What is looked up has no distribution that it could be compared by.
+            if drafting.lookup and not self._enable_probabilistic_draft_probs:
+                self._lookups, names = Lookups(), (*names, LOOKUP)
+        self.model.begin(self.max_batch_size, lookup=self._lookups is not None)
+        self._tally = _Tally(names, self.vllm_config, self.device)
 
     def set_inputs_first_pass(
         self, *args: Any, target_hidden_states: torch.Tensor, **kwargs: Any
@@ -144,41 +163,123 @@ class ComposedProposer(EagleProposer):
             self.num_speculative_tokens, self._last_draft_probs, self._picks = 0, None, []
             return target_token_ids.new_empty(len(target_token_ids), 0, dtype=torch.int64)
         requests = list(self.runner.input_batch.req_ids)
-        if self.model.evidence is not None:
+        router = self.model.router
+        if router.remembers:
             slots, new = (
                 torch.tensor(x, dtype=torch.int64, device=self.device)
                 for x in self._slots.of(requests, self.runner.requests)
             )
-            self.model.follow(slots, new)
+            router.follow(slots, new)
             if verified is not None:
                 self._hear(slots, verified, next_token_ids)
         self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
-        self.model.forget()
-        self._last = super().propose(
-            num_speculative_tokens, target_token_ids, *args, next_token_ids=next_token_ids, **kwargs
-        )
-        self.model.forget()
+        self._drafted, self._likely = [], None
+        router.begin(self._offered(requests, num_speculative_tokens))
+        try:
+            self._last = super().propose(
+                num_speculative_tokens,
+                target_token_ids,
+                *args,
+                next_token_ids=next_token_ids,
+                **kwargs,
+            )
+        except _Enough:  # the base class knows no other way out
+            self._last = self._as_it_is()
+        router.begin()
         return self._last
 
+    def _offered(self, requests: list[str], length: int) -> Best | None:
+        """What may follow in the texts of requests whose prompts have been read."""
+        if self._lookups is None or not length:
+            return None
+        for request, tokens in self._emitted.items():
+            known = self.runner.requests[request]
+            text = (known.prompt_token_ids or [], known.output_token_ids, tokens)
+            self._lookups.read(request, *text)
+        self._lookups.forget(self.runner.requests)
+        return Best(*self._lookups.offer(requests, length))
+
+    def _as_it_is(self) -> torch.Tensor:
+        """(n, L): the draft so far; distributions go where the base class keeps them."""
+        tokens, distributions = zip(*self._drafted)
+        if distributions[0] is not None:
+            self._last_draft_probs = torch.stack(distributions, dim=1).contiguous()
+        return torch.stack(tokens, dim=1)
+
     def _hear(self, slots: torch.Tensor, verified: _Verified, next_token_ids: torch.Tensor) -> None:
-        """Tell the model, for routing per draft, who foresaw the first tokens of the last drafts.
+        """Say what the first tokens of the last drafts were to be.
 
         Args:
             slots: (n,) int64: of the requests.
             verified: what became of their drafts.
             next_token_ids: (n,): the target's own tokens after what was accepted.
         """
-        if self.model.composition.routing != "draft":
-            return
-        emitted = torch.where(verified.accepted > 0, self._last[verified.rows, 0], next_token_ids)
         heard = verified.drafted > 0
-        foreseen = self.model.foreseen[:, verified.rows[heard]]
-        self.model.evidence.hear(slots[heard], foreseen, emitted[heard])
+        rows = verified.rows[heard]
+        drafted, own = self._last[rows, 0], next_token_ids[heard]
+        emitted = torch.where(verified.accepted[heard] > 0, drafted, own)
+        self.model.router.hear(rows, slots[heard], emitted)
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, noting whose the tokens are, and how likely they are all right.
+
+        Raises:
+            _Enough: if no draft in the batch is likely enough to go on. The tokens just sampled are
+                part of it, whatever they are: what is verified must not depend on them, or texts
+                would not have the target's distribution any more.
+        """
         sampled = super()._sample_draft_tokens(*args, **kwargs)
-        self._picks.append(self.model.picks)
+        router = self.model.router
+        self._note(*sampled, router.picks, router.chosen.confidences)
+        if (rest := router.rest()) is not None:  # nobody needs to run for what is known
+            for tokens, confidences in zip(rest.tokens.t(), rest.confidences.t()):
+                if self._is_enough():
+                    break
+                self._note(tokens, None, router.picks, confidences)
+            raise _Enough
+        if self._is_enough() and len(self._drafted) < self.num_speculative_tokens:
+            raise _Enough
         return sampled
+
+    def _note(
+        self,
+        tokens: torch.Tensor,
+        distributions: torch.Tensor | None,
+        picks: torch.Tensor,
+        confidences: torch.Tensor,
+    ) -> None:
+        self._drafted.append((tokens, distributions))
+        self._picks.append(picks)
+        self._likely = confidences if self._likely is None else self._likely + confidences
+
+    def _is_enough(self) -> bool:
+        return self._least is not None and float(self._likely.max()) < self._least
+
+    def prepare_next_token_ids_padded(
+        self, sampled_token_ids: Any, requests: Any, gpu_input_batch: Any, discard_request_mask: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the base class, noting what was emitted: it is not in the runner's texts yet."""
+        if self._lookups is not None:
+            rows = sampled_token_ids.tolist()
+            kept = (~discard_request_mask).tolist()
+            self._emitted = {
+                request: [token for token in tokens if token >= 0]
+                for request, tokens, keep in zip(gpu_input_batch.req_ids, rows, kept)
+                if keep
+            }
+        return super().prepare_next_token_ids_padded(
+            sampled_token_ids, requests, gpu_input_batch, discard_request_mask
+        )
+
+    def prepare_next_token_ids_cpu(
+        self, sampled_token_ids: Any, requests: Any, gpu_input_batch: Any, scheduled: Any
+    ) -> torch.Tensor:
+        """The same, without padding: then it is there already."""
+        emitted = zip(gpu_input_batch.req_ids, sampled_token_ids)
+        self._emitted = {request: [] for request, tokens in emitted if tokens}
+        return super().prepare_next_token_ids_cpu(
+            sampled_token_ids, requests, gpu_input_batch, scheduled
+        )
 
     def prepare_inputs_padded(
         self, common_attn_metadata: Any, spec_decode_metadata: Any, valid_sampled_tokens_count: Any
@@ -222,7 +323,7 @@ class ComposedSpeculator(EagleSpeculator):
     def load_draft_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """As the base class, and then what needs the target's head."""
         model = super().load_draft_model(*args, **kwargs)
-        if (routing := model.composition.routing) != "token":
+        if (routing := model.composition.drafting.routing) != "token":
             raise ValueError(
                 f"The drafters are routed per {routing}, which vLLM's newer runner does not "
                 "support here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with "
@@ -273,7 +374,7 @@ class ComposedSpeculator(EagleSpeculator):
             *args,
             **kwargs,
         )
-        self._picks[idx_mapping, draft_step.expand_as(idx_mapping)] = self.model.picks
+        self._picks[idx_mapping, draft_step.expand_as(idx_mapping)] = self.model.router.picks
         return sampled
 
     def observe_verification(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..formats.composition import Routing
+
 
 @dataclass(frozen=True)
 class Best:
@@ -39,13 +41,15 @@ def surest(best: Best) -> torch.Tensor:
     return best.confidences.argmax(dim=0)
 
 
-def chosen(each: torch.Tensor, drafters: torch.Tensor) -> torch.Tensor:
+def of_chosen(each: torch.Tensor, drafters: torch.Tensor) -> torch.Tensor:
     """(n, ...) of (K, n, ...): row by row that of the chosen drafter.
 
     Args:
-        each: what drafters have.
+        each: what drafters have; of one who drafts alone (1, n, ...).
         drafters: (n,) int64.
     """
+    if len(each) == 1:  # of them all tokens are
+        return each[0]
     index = drafters.view(1, -1, *[1] * (each.dim() - 2))
     return each.gather(0, index.expand(1, *each.shape[1:]))[0]
 
@@ -176,3 +180,127 @@ class Slots:
 
     def _give_back(self, requests: list[str]) -> None:
         self._free += [self._of.pop(request) for request in requests]
+
+
+class Router:
+    """Who drafts in a batch: remembered from token to token of a draft, and from draft to draft.
+
+    Args:
+        routing: see [`formats.composition.Composition`].
+        count: K.
+        most_requests: in a batch.
+        device: of what is remembered.
+        can_be_alone: whether a drafter can run without the others.
+        lookup: whether there is one more, which is not asked but offers: its number is K.
+    """
+
+    def __init__(
+        self,
+        routing: Routing,
+        count: int,
+        most_requests: int,
+        device: torch.device | str,
+        can_be_alone: bool = False,
+        lookup: bool = False,
+    ) -> None:
+        kind = {"request": Evidence, "draft": Trust}.get(routing)
+        self._evidence = None if kind is None else kind(count + lookup, most_requests, device)
+        self._per_draft, self._can_be_alone = routing == "draft", can_be_alone
+        self._lookup = count if lookup else None
+        self._slots: torch.Tensor | None = None
+        self._foreseen: torch.Tensor | None = None
+        self._held: torch.Tensor | None = None  # (n,) int64: whose the drafts of a batch are
+        self._offered: Best | None = None  # (n, L) each
+        self._at = 0
+        self.alone: int | None = None
+        """Whose all drafts of a batch are, until they end; None if it is the lookup."""
+        self.picks: torch.Tensor | None = None
+        """(n,) int64: whose the tokens are that were last chosen."""
+        self.chosen: Best | None = None
+        """(n,) each: those tokens, and their log-probabilities."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether requests are told apart: then [`follow`] is to be called before every draft."""
+        return self._evidence is not None
+
+    def follow(self, slots: torch.Tensor, new: torch.Tensor) -> None:
+        """Say whose the next rows are.
+
+        Args:
+            slots: (n,) int64: where each row's request is remembered.
+            new: (m,) int64: slots of requests that begin.
+        """
+        self._evidence.forget(new)
+        self._slots = slots
+
+    def hear(self, rows: torch.Tensor, slots: torch.Tensor, emitted: torch.Tensor) -> None:
+        """Say what the first tokens of the last drafts were to be, for routing per draft.
+
+        Args:
+            rows: (m,) int64: of these drafts in their batch.
+            slots: (m,) int64: of their requests.
+            emitted: (m,) integers: the tokens that were emitted there.
+        """
+        if self._per_draft:
+            self._evidence.hear(slots, self._foreseen[:, rows], emitted)
+
+    def begin(self, offered: Best | None = None) -> None:
+        """Begin a draft, in which nobody drafts yet, or end it.
+
+        Of a draft that is one drafter's, whoever is chosen by the first token drafts the others.
+        Where that is the same drafter in all of a batch, it runs alone until the draft ends, on a
+        CPU: there what does not run is time saved, and asking who it is costs none. What the others
+        have not read of the draft they read with everybody else, when it has been verified.
+
+        Args:
+            offered: (n, L) each: the lookup's drafts, with -1 where there is no token.
+        """
+        self._held = self.alone = None
+        self._offered, self._at = offered, 0
+
+    def choose(self, best: Best) -> None:
+        """Choose whose tokens are proposed next: `picks`, `chosen`.
+
+        Args:
+            best: of all drafters, (K, n) each, or of the one who drafts alone, (1, n).
+        """
+        every = best if self._offered is None or self.alone is not None else self._with_offer(best)
+        if self._held is None:
+            # vLLM also tries out how much it can hold, with rows that are nobody's.
+            known = self._slots is not None and len(self._slots) == best.tokens.shape[1]
+            ask = self._evidence is not None and known
+            self.picks = self._evidence.surest(every, self._slots) if ask else surest(best)
+            if self._per_draft:
+                self._hold(every)
+        elif self._offered is not None and self.alone is None:
+            # Where what was offered has come to its end, whoever is surest goes on with it.
+            ended = (self._held == self._lookup) & (every.tokens[self._lookup] < 0)
+            self.picks = torch.where(ended, surest(best), self._held)
+        self.chosen = Best(*(of_chosen(x, self.picks) for x in (every.tokens, every.confidences)))
+        self._at += 1
+
+    def _hold(self, every: Best) -> None:
+        self._held, self._foreseen = self.picks, every.tokens
+        if self._can_be_alone:
+            first = int(self.picks[0])
+            if first != self._lookup and bool((self.picks == first).all()):
+                self.alone = first
+
+    def _with_offer(self, best: Best) -> Best:
+        offered = Best(self._offered.tokens[:, self._at], self._offered.confidences[:, self._at])
+        return Best(
+            torch.cat([best.tokens, offered.tokens[None]]),
+            torch.cat([best.confidences, offered.confidences[None]]),
+        )
+
+    def rest(self) -> Best | None:
+        """If all drafts of the batch are the lookup's, how they go on: (n, m) each.
+
+        As long as all of them do.
+        """
+        if self._offered is None or bool((self._held != self._lookup).any()):
+            return None
+        tokens = self._offered.tokens
+        length = int((tokens >= 0).all(dim=0).long().cumprod(dim=0).sum())
+        return Best(tokens[:, self._at : length], self._offered.confidences[:, self._at : length])

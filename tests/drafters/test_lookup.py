@@ -8,7 +8,8 @@ from transformers import LogitsProcessorList
 
 import taps_hf
 from taps_hf import DraftRequest, DraftTree, DynamicTree, FixedTree, PromptLookup
-from taps_hf.drafters.lookup import LEAST, LookupSession
+from taps_hf.drafters.lookup import LEAST, LookupSession, likeliest
+from taps_hf.drafters.suffixes import SuffixAutomaton
 
 from ..tiny import FAMILIES, VOCAB, prompt, refused, tiny_drafters, tiny_target
 
@@ -90,6 +91,27 @@ def test_more_nodes_are_the_same_and_others():
     text = [random.Random(2).randrange(3) for _ in range(50)]
     few, many = (propose(session(text), text[-1], size) for size in (6, 20))
     assert paths(few).items() <= paths(many).items()
+
+
+def test_the_likeliest_continuation_is_a_path_of_the_tree():
+    """Of every node the likeliest child, as far as trees have any."""
+    generator = random.Random(3)
+    for _ in range(50):
+        text = [generator.randrange(4) for _ in range(generator.randrange(1, 40))]
+        automaton = SuffixAutomaton()
+        for token in text:
+            automaton.add(token)
+        found = likeliest(automaton, 5)
+        tree = propose(session(text), text[-1], num_nodes=4000, max_depth=5)
+        known = {} if tree is None else paths(tree)
+        path: tuple[int, ...] = ()
+        for token, sure in found:
+            beside = {p[-1]: c for p, c in known.items() if p[:-1] == path and len(p) > len(path)}
+            path = (*path, token)
+            if not beside:
+                break  # less likely than what trees hold
+            assert beside[token] == max(beside.values()) == pytest.approx(sure)
+        assert bool(found) == (tree is not None)
 
 
 def test_shorter_matches_than_wanted_propose_nothing():

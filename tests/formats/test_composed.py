@@ -10,7 +10,7 @@ from taps_hf import Eagle3Drafter, EagleDrafter
 from taps_hf.exchange import export_composed
 from taps_hf.files import read_json
 from taps_hf.formats.composed import check_composed, compose
-from taps_hf.formats.composition import ARCHITECTURES, Composition, Dialect
+from taps_hf.formats.composition import ARCHITECTURES, Composition, Dialect, Drafting
 
 from ..tiny import tiny_drafters, tiny_target
 
@@ -26,7 +26,7 @@ def test_what_lies_in_the_folder(tmp_path):
         "math": made(1, draft_token_ids=torch.tensor([3, 1, 5]), fc_bias=True),
         "chat": made(2, draft_token_ids=torch.tensor([2, 7])),
     }
-    assert export_composed(drafters, tmp_path / "out", tiny_target(), "request") == []
+    assert export_composed(drafters, tmp_path / "out", tiny_target(), Drafting("request")) == []
     config = read_json(tmp_path / "out" / "config.json", "a configuration")
     assert config["architectures"] == [ARCHITECTURES["eagle"]]
     assert config["hidden_size"] == 2 * 32
@@ -38,7 +38,7 @@ def test_what_lies_in_the_folder(tmp_path):
         fc_biases=(True, False),
         input_norm=False,
         qkv_bias=False,
-        routing="request",
+        drafting=Drafting("request", lookup=False),
         target=None,
     )
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -143,23 +143,35 @@ def test_families_that_cannot_be_served(tmp_path):
     (drafter,) = tiny_drafters(1, family="qwen3")
     with pytest.raises(ValueError, match="'a' cannot be served by the plugin: its layer is of the"):
         export_composed({"a": drafter}, tmp_path / "out", tiny_target("qwen3"))
-    with pytest.raises(ValueError, match="`routing` is 'cycle', expected 'token', 'draft' or"):
-        compose({"a": made(1)}, tiny_target(), "cycle")
+    with pytest.raises(ValueError, match="A drafter is called 'lookup'"):
+        compose({"lookup": made(1)}, tiny_target(), Drafting("draft"))
     with pytest.raises(ValueError, match="no drafters to compose"):
         compose({}, tiny_target())
+
+
+def test_how_they_draft():
+    assert [Drafting(routing).lookup for routing in ("token", "draft")] == [False, True]
+    for wrong, message in (
+        ({"routing": "cycle"}, "`routing` is 'cycle', expected 'token', 'draft' or"),
+        ({"stop_below": 1}, "`stop_below` is 1, expected from 0 to below 1"),
+        ({"lookup": True}, "`lookup` goes with `routing` 'draft', not with 'token'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Drafting(**wrong)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (None, "is None, expected a composition of format 1"),
-        ({"format": 2}, "expected a composition of format 1"),
-        ({"format": 1, "colour": "red"}, "unexpected keyword argument 'colour'"),
+        (None, "is None, expected a composition of format 2"),
+        ({"format": 1}, "expected a composition of format 2"),
+        ({"format": 2, "drafting": {"speed": 1}}, "unexpected keyword argument 'speed'"),
+        ({"format": 2, "colour": "red"}, "unexpected keyword argument 'colour'"),
         (
-            {"format": 1, "eagle3": {"layer_ids": [[1]]}},
+            {"format": 2, "eagle3": {"layer_ids": [[1]]}},
             "missing 5 required positional arguments: 'norm_before_residual'",
         ),
-        ({"format": 1}, "missing 6 required positional arguments"),
+        ({"format": 2}, "missing 6 required positional arguments"),
     ],
 )
 def test_configurations_of_something_else(fields, message):

@@ -101,7 +101,9 @@ def _with_leavers(
             if leaving is not None and len(answer.token_ids) >= leaving:
                 engine.abort_request([output.request_id])
         if hasattr(runner, "drafter"):
-            kept |= set(runner.drafter._slots) - runner.requests.keys()
+            drafter = runner.drafter
+            remembered = {*drafter._slots, *(drafter._lookups._texts if drafter._lookups else ())}
+            kept |= remembered - runner.requests.keys()
     return answers, sorted(kept)
 
 

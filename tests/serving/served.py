@@ -6,17 +6,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from taps_hf import ChainTree, DraftTree, EagleDrafter, GenerationContext
+from taps_hf import (
+    ChainTree,
+    DraftTree,
+    DynamicTree,
+    EagleDrafter,
+    GenerationContext,
+    PromptLookup,
+)
+from taps_hf.drafters.base import Drafter, DrafterSession, DraftRequest
+from taps_hf.drafters.lookup import LookupSession
 from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.exchange import export_composed
-from taps_hf.formats.composition import Routing
+from taps_hf.formats.composition import PER_TOKEN, Drafting, Routing
 from taps_hf.serving.routing import Trust
 from taps_hf.strategies import Choice, CycleOutcome, Strategy
 
@@ -81,14 +91,22 @@ def save_small_target(folder: Path) -> PreTrainedModel:
     return model
 
 
-def compose_small(folder: Path, target: PreTrainedModel, routing: Routing = "token") -> None:
+def compose_small(folder: Path, target: PreTrainedModel, drafting: Drafting = PER_TOKEN) -> None:
     """Write two random drafters for it, which are sometimes right."""
     drafters = {}
     with torch.random.fork_rng():
         for seed, name in enumerate(("a", "b")):
             torch.manual_seed(seed)
             drafters[name] = EagleDrafter.from_target(target, fc_bias=True).eval()
-    export_composed(drafters, folder, target, routing)
+            for part, weight in drafters[name].named_parameters():
+                if "fc." in part or "o_proj" in part or "down_proj" in part:
+                    weight.data *= 0.1  # or they would be certain of all they propose
+    export_composed(drafters, folder, target, drafting)
+
+
+def whole(routing: Routing) -> Drafting:
+    """Drafts of learned drafters alone, that end at vLLM's length."""
+    return Drafting(routing, stop_below=0, lookup=False)
 
 
 def drafted_by(folder: Path, method: str) -> dict[str, Any]:
@@ -120,17 +138,45 @@ def chain(
             {
                 "tokens": out.sequences[0, len(prompt) :].tolist(),
                 "drafts": len(cycles),
+                "drafted": sum(cycle.num_nodes for cycle in cycles),
                 "accepted": sum(cycle.accepted_length for cycle in cycles),
             }
         )
     return answers
 
 
+class ChainLookup(PromptLookup):
+    """As it looks up for a tree, the likeliest path alone."""
+
+    @classmethod
+    def start(cls, drafters: Sequence[Drafter], target: PreTrainedModel) -> DrafterSession:
+        return _ChainSession(*drafters)
+
+
+class _ChainSession(LookupSession):
+    def propose(self, rows: Sequence[int], request: DraftRequest) -> dict[int, DraftTree]:
+        wide = replace(request, shape=DynamicTree(LENGTH, 64, 4096))
+        tree = super().propose(rows, wide).get(0)
+        if tree is None:
+            return {}
+        path = [0]
+        while below := (tree.parents == path[-1]).nonzero().flatten().tolist():
+            path.append(max(below, key=lambda node: float(tree.confidence[0, node])))
+        return {0: tree.select(torch.tensor(path[: request.shape.num_nodes + 1]))}
+
+
 class ByTrust(Strategy):
-    """Routing per draft as it is written down in `taps_hf.serving.routing.Trust`, for one text."""
+    """Routing per draft, and drafts that end, as `taps_hf.serving` says; for one text at a time.
+
+    Args:
+        stop_below: drafts end with the first token at which all of them are less likely right.
+    """
+
+    def __init__(self, stop_below: float = 0.0) -> None:
+        self.stop_below = stop_below
 
     def begin(self, context: GenerationContext) -> Strategy:
-        begun = ByTrust()
+        begun = ByTrust(self.stop_below)
         begun.right = [Trust.BEFORE / 2] * context.num_drafters
         return begun
 
@@ -141,7 +187,11 @@ class ByTrust(Strategy):
             for i, tree in trees.items()
         }
         best = max(scores, key=scores.get)
-        return Choice(trees[best], (best,))
+        likely = trees[best].path_confidence[best]
+        length = 1
+        while length < len(likely) - 1 and likely[length] >= self.stop_below:
+            length += 1
+        return Choice(trees[best].select(torch.arange(length + 1)), (best,))
 
     def observe(self, outcome: CycleOutcome) -> None:
         for i, token in self.first.items():
@@ -155,7 +205,7 @@ def assert_as_ours(
     ours: list[dict[str, Any]],
     name: str,
 ) -> None:
-    """Texts are plain vLLM's and plain `generate`'s; so many drafts, so much of them accepted.
+    """Texts are plain vLLM's and plain `generate`'s; so many drafts, so long, so often right.
 
     Per prompt, which is far tighter than in sum: one pass more or less for who drafts in the first,
     the rest of the last draft for who counts beyond the end, and one tie rounded the other way.
@@ -164,7 +214,7 @@ def assert_as_ours(
         case = f"{name}, prompt {number}: {_counted(there)} there, {_counted(here)} here"
         print(case)
         assert there["tokens"] == alone["tokens"] == here["tokens"], case
-        assert there["drafted"] == LENGTH * there["drafts"], case
+        assert abs(there["drafted"] - here["drafted"]) <= 3 * LENGTH, case
         assert abs(there["drafts"] - here["drafts"]) <= 2, case
         assert abs(there["accepted"] - here["accepted"]) <= LENGTH + 1, case
 

@@ -19,6 +19,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from taps_hf.formats.composition import Drafting
+
 from ..saved import letter_tokenizer
 from .served import LENGTH, SETTINGS, compose_small, drafted_by, save_small_target
 
@@ -42,7 +44,7 @@ def target(tmp_path_factory) -> PreTrainedModel:
 def port(tmp_path_factory, target) -> Iterator[int]:
     """Of a server, which is ended afterwards."""
     folder = tmp_path_factory.mktemp("composed")
-    compose_small(folder / "both", target, "request")
+    compose_small(folder / "both", target, Drafting("request"))
     with socket.socket() as found:  # a port that nobody has
         found.bind(("127.0.0.1", 0))
         number = found.getsockname()[1]

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from taps_hf import EagleDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export_composed
-from taps_hf.formats.composition import Routing
+from taps_hf.formats.composition import Drafting, Routing
 
 from ..test_real import CARDS, QUESTIONS
 from .served import (
     LENGTH,
     SMALL_VOCAB,
     ByTrust,
+    ChainLookup,
     assert_as_ours,
     chain,
     compose_small,
@@ -27,6 +28,7 @@ from .served import (
     encoded,
     save_small_target,
     serve,
+    whole,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +37,7 @@ pytestmark = pytest.mark.skipif(
 SCORED = 4096
 ROUTINGS = get_args(Routing)
 SHORT, FEW = 48, 4
+STOP = 0.2
 ANSWERS = 2000
 MIXED = [
     *QUESTIONS.values(),
@@ -85,7 +88,10 @@ def results(tmp_path_factory, real_at_folder, prompts, drafters) -> dict[str, di
     for out, names in composed.items():
         routing = out if out in ROUTINGS else "token"
         chosen = {name: drafters[name] for name in names}
-        export_composed(chosen, folder / out, real_at_folder, routing)
+        export_composed(chosen, folder / out, real_at_folder, whole(routing))
+    for out, lookup in (("stop", False), ("lookup", True)):
+        drafting = Drafting("draft", STOP, lookup)
+        export_composed(drafters, folder / out, real_at_folder, drafting)
     few = {"prompts": prompts[:FEW], "model": real_at_folder.config.name_or_path}
     every = {**few, "prompts": prompts, "together": True, "new_tokens": SHORT}
     both = drafted_by(folder / "token", "eagle")
@@ -97,6 +103,10 @@ def results(tmp_path_factory, real_at_folder, prompts, drafters) -> dict[str, di
         "token": {**every, "speculative": both},
         "draft": {**every, "speculative": drafted_by(folder / "draft", "eagle")},
         "draft, few": {**few, "speculative": drafted_by(folder / "draft", "eagle")},
+        "stop": {**every, "speculative": drafted_by(folder / "stop", "eagle")},
+        "stop, few": {**few, "speculative": drafted_by(folder / "stop", "eagle")},
+        "lookup": {**every, "speculative": drafted_by(folder / "lookup", "eagle")},
+        "lookup, few": {**few, "speculative": drafted_by(folder / "lookup", "eagle")},
         "request": {**every, "speculative": drafted_by(folder / "request", "eagle")},
         "off": {**every, "speculative": off},
         "sampled": {
@@ -134,7 +144,7 @@ def test_one_drafter_accepts_what_our_chain_does(results, real_at_folder, prompt
     assert_as_ours(served, plain, ours, "math")
 
 
-@pytest.mark.parametrize("name", [*ROUTINGS, "off"])
+@pytest.mark.parametrize("name", [*ROUTINGS, "stop", "lookup", "off"])
 def test_texts_are_plain_ones_in_a_batch(results, name):
     plain, served = (
         [answer["tokens"] for answer in results[each]["answers"]] for each in ("plain", name)
@@ -143,12 +153,13 @@ def test_texts_are_plain_ones_in_a_batch(results, name):
     assert served == plain
 
 
-@pytest.mark.parametrize("name", [*ROUTINGS, "sampled"])
+@pytest.mark.parametrize("name", [*ROUTINGS, "stop", "lookup", "sampled"])
 def test_both_drafters_take_part_and_are_counted(results, name):
     found = results[name]["by_drafter"]
     print(name, found, results[name]["counted"])
     for kind in ("drafted", "accepted"):
-        of_each = [found[f"{drafter} {kind}"] for drafter in ("math", "chat")]
+        drafters = ["math", "chat"] + ["lookup"] * (name == "lookup")
+        of_each = [found[f"{drafter} {kind}"] for drafter in drafters]
         assert min(of_each) > 0
         assert sum(of_each) == results[name]["counted"][kind]
 
@@ -161,11 +172,28 @@ def test_who_drafts_alone_is_the_right_one(results):
     assert needed["draft"] < needed["math"]
 
 
-def test_routing_per_draft_follows_the_rule(results, real_at_folder, prompts, drafters):
-    """That of `Trust`, in our own decoding: who was right in a request counts from then on."""
-    ours = chain(real_at_folder, [*drafters.values()], prompts[:FEW], strategy=ByTrust())
-    served, plain = (results[f"{name}, few"]["answers"] for name in ("draft", "plain"))
-    assert_as_ours(served, plain, ours, "draft")
+@pytest.mark.parametrize(
+    ("name", "stop_below", "more"),
+    [("draft", 0.0, []), ("stop", STOP, []), ("lookup", STOP, [ChainLookup()])],
+)
+def test_routing_per_draft_follows_the_rule(
+    results, real_at_folder, prompts, drafters, name, stop_below, more
+):
+    """In our own decoding: who was right in a request, where drafts end, what is looked up."""
+    rule = ByTrust(stop_below)
+    ours = chain(real_at_folder, [*drafters.values(), *more], prompts[:FEW], strategy=rule)
+    served, plain = (results[f"{each}, few"]["answers"] for each in (name, "plain"))
+    assert_as_ours(served, plain, ours, name)
+
+
+def test_drafts_end_where_little_would_be_right(results):
+    """Few of the tokens that are not drafted then would have been accepted."""
+    long, stopped = (results[f"{name}, few"]["counted"] for name in ("draft", "stop"))
+    assert long["drafted"] == LENGTH * long["drafts"]
+    saved = long["drafted"] - stopped["drafted"]
+    lost = long["accepted"] - stopped["accepted"]
+    assert saved > long["drafted"] / 5
+    assert lost < saved / 4
 
 
 def test_sampled_drafts_are_accepted(results):
@@ -178,7 +206,9 @@ def test_sampled_texts_have_the_distribution_of_the_target(tmp_path):
     """Thousands of answers of three tokens, among sixteen; the second and third may be drafted."""
     target = save_small_target(tmp_path / "small")
     for routing in ("token", "draft"):
-        compose_small(tmp_path / routing, target, routing)
+        compose_small(tmp_path / routing, target, whole(routing))
+    compose_small(tmp_path / "stop", target, Drafting("draft", 0.9, lookup=False))
+    compose_small(tmp_path / "lookup", target, Drafting("draft", 0, lookup=True))
     job = {
         "model": str(tmp_path / "small"),
         "prompts": [[3, 1, 4, 1, 5, 9, 2, 6]] * ANSWERS,
@@ -188,15 +218,21 @@ def test_sampled_texts_have_the_distribution_of_the_target(tmp_path):
         "ignore_eos": True,
     }
     ways = [
-        drafted_by(tmp_path / routing, "eagle") | {"draft_sample_method": method}
-        for routing, method in (
+        drafted_by(tmp_path / folder, "eagle") | {"draft_sample_method": method}
+        for folder, method in (
             ("token", "greedy"),
             ("token", "probabilistic"),
             ("draft", "probabilistic"),
+            ("stop", "probabilistic"),
+            ("lookup", "greedy"),
         )
     ]
     expected = probabilities(target, job["prompts"][0])
-    for found in serve(tmp_path, [{**job, "speculative": way} for way in ways]):
+    results = serve(tmp_path, [{**job, "speculative": way} for way in ways])
+    long, stopped = (found["counted"] for found in results[2:4])
+    assert long["drafted"] / long["drafts"] > stopped["drafted"] / stopped["drafts"] + 0.2
+    assert results[4]["by_drafter"]["lookup accepted"] > 0
+    for found in results:
         accepted, drafted = (found["counted"][kind] for kind in ("accepted", "drafted"))
         assert 0.01 * drafted < accepted < 0.9 * drafted  # both ways to a token are taken
         tokens = torch.tensor([answer["tokens"] for answer in found["answers"]])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from taps_hf import Eagle3Drafter
 from taps_hf.exchange import export_composed
 
-from .served import LENGTH, chain, drafted_by, save_small_target, serve
+from .served import LENGTH, chain, drafted_by, save_small_target, serve, whole
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
@@ -79,14 +79,14 @@ def results(tmp_path_factory, target, drafters) -> dict[str, dict[str, Any]]:
     batch = {**few, "together": True}
     jobs = {"plain, few": {**few, "speculative": None}, "plain": {**batch, "speculative": None}}
     for name, pair in drafters.items():
-        export_composed(pair, folder / name, target)
+        export_composed(pair, folder / name, target, whole("token"))
         jobs[name] = {**batch, "speculative": drafted_by(folder / name, "eagle3")}
-        export_composed({"b": pair["b"]}, folder / f"{name}, one", target)
+        export_composed({"b": pair["b"]}, folder / f"{name}, one", target, whole("token"))
         one = drafted_by(folder / f"{name}, one", "eagle3")
         jobs[f"{name}, one"] = {**few, "speculative": one}
-    export_composed(drafters["original"], folder / "request", target, "request")
+    export_composed(drafters["original"], folder / "request", target, whole("request"))
     jobs["request"] = {**batch, "speculative": drafted_by(folder / "request", "eagle3")}
-    export_composed(drafters["original"], folder / "draft", target, "draft")
+    export_composed(drafters["original"], folder / "draft", target, whole("draft"))
     jobs["draft"] = {**few, "speculative": drafted_by(folder / "draft", "eagle3")}
     probable = {**jobs["original"]["speculative"], "draft_sample_method": "probabilistic"}
     jobs["sampled"] = {**batch, "temperature": 0.7, "speculative": probable}
