@@ -154,14 +154,15 @@ class ComposedProposer(EagleProposer):
     ) -> torch.Tensor:
         """As the base class, noting whose each token is.
 
-        Where no drafts are wanted, since the load is high, and there are no prompts to read,
-        nothing runs: the base class would have drafters read along. What has been answered
-        meanwhile they do not know when drafting begins again, and foresee less for a while.
+        Where no drafts are wanted, since the load is high, nothing runs: the base class would have
+        drafters read along, which under load is time that others wait. What was said meanwhile
+        they do not know when drafting begins again, and foresee less of these requests.
         """
         verified, self._verified = self._verified, None
-        if not num_speculative_tokens and len(target_token_ids) == self.runner.input_batch.num_reqs:
+        if not num_speculative_tokens:
             self.num_speculative_tokens, self._last_draft_probs, self._picks = 0, None, []
-            return target_token_ids.new_empty(len(target_token_ids), 0, dtype=torch.int64)
+            requests = self.runner.input_batch.num_reqs
+            return target_token_ids.new_empty(requests, 0, dtype=torch.int64)
         requests = list(self.runner.input_batch.req_ids)
         router = self.model.router
         if router.remembers:
