@@ -51,9 +51,9 @@ class Drafting:
             from the one that has been surest on average in this request so far.
         stop_below: drafts end when no request's draft is as likely as this to be right to its last
             token, by the drafters' own account; 0 for never. Where that is known without waiting,
-            on CPUs. (On two cores speed hardly depends on it from 0.1 to 0.4: docs/serving.md.)
-        lookup: whether one more drafter, which costs nothing, proposes what followed in a request's
-            own text where its last tokens stood before. On CPUs. By default with routing per
+            on CPUs.
+        lookup: whether one more drafter proposes what followed in a request's own text where its
+            last tokens stood before; no model runs for that. On CPUs. By default with routing per
             draft, which alone it goes with.
     """
 

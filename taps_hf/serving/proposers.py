@@ -70,15 +70,16 @@ class _Enough(Exception):  # noqa: N818 (nothing is wrong)
 
 @dataclass(frozen=True)
 class _Verified:
-    """What became of the last proposal, by request of the batch.
+    """What became of the last proposal.
 
     Args:
-        rows: (n,) int64: where each request was in it; of those that were not, any.
-        drafted, accepted: (n,) integers: how many of its tokens were verified and accepted.
+        at: (m,) int64: which of the batch's requests had some of it verified.
+        rows: (m,) int64: where these were in it.
+        accepted: (m,) integers: how many of its tokens were accepted.
     """
 
+    at: torch.Tensor
     rows: torch.Tensor
-    drafted: torch.Tensor
     accepted: torch.Tensor
 
 
@@ -128,7 +129,10 @@ class ComposedProposer(EagleProposer):
         """As the base class, and then what needs the target's head."""
         super().load_model(target_model)
         drafting, names = self.model.composition.drafting, self.model.composition.names
-        if self.device.type == "cpu":  # elsewhere the host would have to wait for what it asks
+        # Elsewhere the host would have to wait for what it asks; and engines that run side by side
+        # must make the same passes.
+        alone = self.vllm_config.parallel_config.data_parallel_size == 1
+        if self.device.type == "cpu" and alone:
             if drafting.stop_below:
                 self._least = math.log(drafting.stop_below)
             # What is looked up has no distribution that it could be compared by.
@@ -154,15 +158,17 @@ class ComposedProposer(EagleProposer):
     ) -> torch.Tensor:
         """As the base class, noting whose each token is.
 
-        Where no drafts are wanted, since the load is high, nothing runs: the base class would have
-        drafters read along, which under load is time that others wait. What was said meanwhile
-        they do not know when drafting begins again, and foresee less of these requests.
+        Where no drafts are wanted, since the load is high, and there are no prompts to read,
+        nothing runs: the base class would have drafters read along. What has been answered
+        meanwhile they do not know when drafting begins again, and foresee less for a while.
+        (Prompts are read: vLLM's cache of prefixes gives them to later requests, too.)
         """
         verified, self._verified = self._verified, None
-        if not num_speculative_tokens:
+        if not num_speculative_tokens and len(target_token_ids) == self.runner.input_batch.num_reqs:
             self.num_speculative_tokens, self._last_draft_probs, self._picks = 0, None, []
-            requests = self.runner.input_batch.num_reqs
-            return target_token_ids.new_empty(requests, 0, dtype=torch.int64)
+            if self._lookups is not None:
+                self._lookups.forget(self.runner.requests)
+            return target_token_ids.new_empty(len(target_token_ids), 0, dtype=torch.int64)
         requests = list(self.runner.input_batch.req_ids)
         router = self.model.router
         if router.remembers:
@@ -171,7 +177,7 @@ class ComposedProposer(EagleProposer):
                 for x in self._slots.of(requests, self.runner.requests)
             )
             router.follow(slots, new)
-            if verified is not None:
+            if verified is not None and router.per_draft:
                 self._hear(slots, verified, next_token_ids)
         self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
         self._drafted, self._likely = [], None
@@ -186,6 +192,7 @@ class ComposedProposer(EagleProposer):
             )
         except _Enough:  # the base class knows no other way out
             self._last = self._as_it_is()
+        self._drafted = []  # with distributions, which are large
         router.begin()
         return self._last
 
@@ -215,11 +222,9 @@ class ComposedProposer(EagleProposer):
             verified: what became of their drafts.
             next_token_ids: (n,): the target's own tokens after what was accepted.
         """
-        heard = verified.drafted > 0
-        rows = verified.rows[heard]
-        drafted, own = self._last[rows, 0], next_token_ids[heard]
-        emitted = torch.where(verified.accepted[heard] > 0, drafted, own)
-        self.model.router.hear(rows, slots[heard], emitted)
+        own = next_token_ids[verified.at]
+        emitted = torch.where(verified.accepted > 0, self._last[verified.rows, 0], own)
+        self.model.router.hear(verified.rows, slots[verified.at], emitted)
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class, noting whose the tokens are, and how likely they are all right.
@@ -249,9 +254,15 @@ class ComposedProposer(EagleProposer):
         picks: torch.Tensor,
         confidences: torch.Tensor,
     ) -> None:
-        self._drafted.append((tokens, distributions))
+        if self._can_end:
+            self._drafted.append((tokens, distributions))
         self._picks.append(picks)
         self._likely = confidences if self._likely is None else self._likely + confidences
+
+    @property
+    def _can_end(self) -> bool:
+        """Whether drafts may be shorter than vLLM asks for."""
+        return self._least is not None or self._lookups is not None
 
     def _is_enough(self) -> bool:
         return self._least is not None and float(self._likely.max()) < self._least
@@ -276,8 +287,9 @@ class ComposedProposer(EagleProposer):
         self, sampled_token_ids: Any, requests: Any, gpu_input_batch: Any, scheduled: Any
     ) -> torch.Tensor:
         """The same, without padding: then it is there already."""
-        emitted = zip(gpu_input_batch.req_ids, sampled_token_ids)
-        self._emitted = {request: [] for request, tokens in emitted if tokens}
+        if self._lookups is not None:
+            emitted = zip(gpu_input_batch.req_ids, sampled_token_ids)
+            self._emitted = {request: [] for request, tokens in emitted if tokens}
         return super().prepare_next_token_ids_cpu(
             sampled_token_ids, requests, gpu_input_batch, scheduled
         )
@@ -300,16 +312,24 @@ class ComposedProposer(EagleProposer):
         return super().prepare_inputs(common_attn_metadata, sampled_token_ids, num_draft_tokens)
 
     def _count(self, drafted: list[int], accepted: torch.Tensor) -> None:
-        """Count the last proposal; requests that were not in it have no drafts."""
+        """Count the last proposal.
+
+        Requests that were not in it have no drafts, or older ones that are not counted.
+        """
         if not self._picks:
             return
         requests = self.runner.input_batch.req_ids
         drafted = [n if request in self._rows else 0 for request, n in zip(requests, drafted)]
-        rows = [self._rows.get(request, 0) for request in requests]
-        rows, drafted = (torch.tensor(x, device=self.device) for x in (rows, drafted))
-        accepted = torch.minimum(accepted, drafted)
-        self._verified = _Verified(rows, drafted, accepted)
-        self._tally.add(torch.stack(self._picks, dim=1)[rows], drafted, accepted)
+        some = [at for at, n in enumerate(drafted) if n]
+        if not some:
+            return
+        at, rows, lengths = (
+            torch.tensor(x, device=self.device)
+            for x in (some, [self._rows[requests[i]] for i in some], [drafted[i] for i in some])
+        )
+        accepted = torch.minimum(accepted[at], lengths)
+        self._verified = _Verified(at, rows, accepted)
+        self._tally.add(torch.stack(self._picks, dim=1)[rows], lengths, accepted)
 
 
 class ComposedSpeculator(EagleSpeculator):

@@ -88,12 +88,13 @@ class Evidence:
 class Trust:
     """How often each drafter has been right in each request of late: for routing per draft.
 
-    All drafters foresee the first token of a draft, whoever drafts the rest, and when it has been
-    verified it is known who was right. So nothing has to be tried out. A drafter's confidence is
-    multiplied by the square of the share of first tokens in which it was right, where the last
-    twenty or so count, and eight before the first count as half right. In drafts of four tokens
-    (docs/serving.md) that makes up most of what confidences alone lose to the specialist; between a
-    factor and the cube, and for longer and shorter memories, it differs little.
+    Whoever drafts, the others have foreseen its first token, too, and when it has been verified it
+    is known who was right. So nothing has to be tried out. A drafter's confidence is multiplied by
+    the square of the share of first tokens in which it was right, where the last twenty or so
+    count, and eight before the first count as half right. One that foresees nothing, as a lookup
+    may, was wrong. That makes up most of what confidences alone lose to the specialist
+    (docs/serving.md); between a factor and the cube, and for longer and shorter memories, it
+    differs little.
 
     Args:
         count: K.
@@ -205,7 +206,7 @@ class Router:
     ) -> None:
         kind = {"request": Evidence, "draft": Trust}.get(routing)
         self._evidence = None if kind is None else kind(count + lookup, most_requests, device)
-        self._per_draft, self._can_be_alone = routing == "draft", can_be_alone
+        self.per_draft, self._can_be_alone = routing == "draft", can_be_alone
         self._lookup = count if lookup else None
         self._slots: torch.Tensor | None = None
         self._foreseen: torch.Tensor | None = None
@@ -235,15 +236,14 @@ class Router:
         self._slots = slots
 
     def hear(self, rows: torch.Tensor, slots: torch.Tensor, emitted: torch.Tensor) -> None:
-        """Say what the first tokens of the last drafts were to be, for routing per draft.
+        """For routing per draft: say what the first tokens of the last drafts were to be.
 
         Args:
             rows: (m,) int64: of these drafts in their batch.
             slots: (m,) int64: of their requests.
             emitted: (m,) integers: the tokens that were emitted there.
         """
-        if self._per_draft:
-            self._evidence.hear(slots, self._foreseen[:, rows], emitted)
+        self._evidence.hear(slots, self._foreseen[:, rows], emitted)
 
     def begin(self, offered: Best | None = None) -> None:
         """Begin a draft, in which nobody drafts yet, or end it.
@@ -271,12 +271,12 @@ class Router:
             known = self._slots is not None and len(self._slots) == best.tokens.shape[1]
             ask = self._evidence is not None and known
             self.picks = self._evidence.surest(every, self._slots) if ask else surest(best)
-            if self._per_draft:
+            if self.per_draft:
                 self._hold(every)
         elif self._offered is not None and self.alone is None:
-            # Where what was offered has come to its end, whoever is surest goes on with it.
+            # Where what was offered has come to its end, whoever is surest then goes on with it.
             ended = (self._held == self._lookup) & (every.tokens[self._lookup] < 0)
-            self.picks = torch.where(ended, surest(best), self._held)
+            self.picks = self._held = torch.where(ended, surest(best), self._held)
         self.chosen = Best(*(of_chosen(x, self.picks) for x in (every.tokens, every.confidences)))
         self._at += 1
 

@@ -194,8 +194,8 @@ class ByTrust(Strategy):
         return Choice(trees[best].select(torch.arange(length + 1)), (best,))
 
     def observe(self, outcome: CycleOutcome) -> None:
-        for i, token in self.first.items():
-            right = token == outcome.emitted[0].token
+        for i in range(len(self.right)):
+            right = self.first.get(i) == outcome.emitted[0].token
             self.right[i] = Trust.KEPT * self.right[i] + right
 
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 LONGEST = 96
 ROUTINGS = ["token", "request", "draft"]  # the last with lookups
+SERVED = [*ROUTINGS, "unpadded", "one"]
 # Two leave in the middle, the last one's prompt has no place; the first one runs against the end.
 PROMPTS = [
     [3, 1, 4, 1, 5, 9] * 10,
@@ -45,11 +46,13 @@ def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
     for routing in ROUTINGS:
         compose_small(folder / routing, target, Drafting(routing))
         ways[routing] = drafted_by(folder / routing, "eagle")
+    ways["unpadded"] = {**ways["draft"], "disable_padded_drafter_batch": True}
+    ways["one"] = {**ways["draft"], "num_speculative_tokens": 1}
     ways["short"] = {**ways["token"], "max_model_len": LONGEST // 2}
     return dict(zip(ways, serve(folder, [{**job, "speculative": way} for way in ways.values()])))
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", SERVED)
 def test_others_are_served_as_if_nobody_had_left(results, routing):
     plain, served = (results[name]["answers"] for name in ("plain", routing))
     for alone, answer, leaving in zip(plain, served, LEAVES, strict=True):
@@ -63,7 +66,7 @@ def test_others_are_served_as_if_nobody_had_left(results, routing):
     assert {answer.get("ended") for answer in served[1:3]} == {None, "length"}
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", SERVED)
 def test_counts_are_still_vllms_own(results, routing):
     """Of drafts that nobody waited for, and of those that the longest answer has no place for."""
     found, counted = results[routing]["by_drafter"], results[routing]["counted"]
@@ -74,11 +77,11 @@ def test_counts_are_still_vllms_own(results, routing):
 
 
 def test_nothing_is_kept_of_requests_that_have_ended(results):
-    assert results["request"]["kept"] == results["draft"]["kept"] == []
+    assert all(results[name]["kept"] == [] for name in SERVED)
 
 
 def test_a_prompt_that_is_too_long_is_refused_as_by_plain_vllm(results):
-    said = {name: results[name]["answers"][4]["refused"] for name in ("plain", *ROUTINGS)}
+    said = {name: results[name]["answers"][4]["refused"] for name in ("plain", *SERVED)}
     assert len(set(said.values())) == 1
     assert str(LONGEST) in said["plain"]
 

@@ -95,7 +95,8 @@ def results(tmp_path_factory, real_at_folder, prompts, drafters) -> dict[str, di
     few = {"prompts": prompts[:FEW], "model": real_at_folder.config.name_or_path}
     every = {**few, "prompts": prompts, "together": True, "new_tokens": SHORT}
     both = drafted_by(folder / "token", "eagle")
-    off = {**both, "num_speculative_tokens_per_batch_size": [[1, 1, LENGTH], [2, 64, 0]]}
+    by_load = {"num_speculative_tokens_per_batch_size": [[1, 1, LENGTH], [2, 64, 0]]}
+    off = drafted_by(folder / "lookup", "eagle") | by_load
     jobs = {
         "plain, few": {**few, "speculative": None},
         "math, few": {**few, "speculative": drafted_by(folder / "math", "eagle")},
@@ -184,6 +185,8 @@ def test_routing_per_draft_follows_the_rule(
     ours = chain(real_at_folder, [*drafters.values(), *more], prompts[:FEW], strategy=rule)
     served, plain = (results[f"{each}, few"]["answers"] for each in (name, "plain"))
     assert_as_ours(served, plain, ours, name)
+    if not stop_below:
+        assert all(answer["drafted"] == LENGTH * answer["drafts"] for answer in served)
 
 
 def test_drafts_end_where_little_would_be_right(results):
