@@ -10,7 +10,7 @@ PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 CHECKED := taps_hf tests examples benchmarks metrics app.py
 
 .PHONY: install quickstart demo test test-fast test-oldest test-peers test-vllm test-serve \
-    serve-demo fuzz quality style clean
+    test-engine serve-demo fuzz quality style clean
 
 # torch first and by itself, so that no other package chooses another build of it.
 $(VENV)/.installed: pyproject.toml
@@ -77,8 +77,13 @@ test-vllm: $(VENV)-vllm/.installed
 
 # The plugin with which vLLM serves several drafters; files side by side, since starting an engine
 # takes most of the time.
+BESIDE := --numprocesses $(JOBS) --dist loadfile
 test-serve: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile tests/serving
+	$(VENV)-vllm/bin/python -m pytest $(BESIDE) tests/serving
+
+# Both.
+test-engine: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest $(BESIDE) tests/serving tests/peers/test_vllm.py
 
 serve-demo: $(VENV)-vllm/.installed
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(VENV)-vllm/bin/python examples/serving.py
