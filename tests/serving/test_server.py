@@ -143,12 +143,20 @@ def _plain(target: PreTrainedModel, prompt: list[int]) -> list[int]:
 
 
 def _settled(port: int, ended: float) -> dict[str, float]:
-    """Metrics, when nothing runs any more and so many answers are counted, or more."""
-    started = time.monotonic()
+    """Metrics, when so many answers are counted, or more, and for a second nothing has changed.
+
+    That nothing is said to run is not enough: who left may have begun when the others were at their
+    end, and our counts are there at once, vLLM's a little later.
+    """
+    started, last, unchanged = time.monotonic(), {}, 0
     while True:
         metrics = _metrics(port)
-        if not metrics["vllm:num_requests_running"] and metrics[_ENDED] >= ended:
+        counts = {name: x for name, x in metrics.items() if "spec_decode" in name or "taps" in name}
+        quiet = not metrics["vllm:num_requests_running"] and metrics[_ENDED] >= ended
+        unchanged = unchanged + 1 if quiet and counts == last else 0
+        if unchanged == 5:
             return metrics
+        last = counts
         assert time.monotonic() - started < PATIENCE
         time.sleep(0.2)
 
