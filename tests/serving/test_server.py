@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from taps_hf.formats.composition import Drafting
 
 from ..saved import letter_tokenizer
-from .served import LENGTH, SETTINGS, compose_small, drafted_by, save_small_target
+from .served import SETTINGS, compose_small, drafted_by, save_small_target
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
@@ -143,11 +143,7 @@ def _plain(target: PreTrainedModel, prompt: list[int]) -> list[int]:
 
 
 def _settled(port: int, ended: float) -> dict[str, float]:
-    """Metrics, when so many answers are counted, or more, and for a second nothing has changed.
-
-    That nothing is said to run is not enough: who left may have begun when the others were at their
-    end, and our counts are there at once, vLLM's a little later.
-    """
+    """Metrics, when so many answers are counted, or more, and for a second nothing has changed."""
     started, last, unchanged = time.monotonic(), {}, 0
     while True:
         metrics = _metrics(port)
@@ -177,9 +173,9 @@ def test_others_go_on_when_a_client_breaks_off(port, target):
     assert ended == len(PROMPTS)  # only the others' answers came to their end
     for kind, theirs in (("drafted", "draft"), ("accepted", "accepted")):
         ours = metrics[f"taps_hf:{kind}_tokens_total"]
-        # vLLM counts a step after it has forgotten those who left in it: once an attempt.
-        more = ours - metrics[f"vllm:spec_decode_num_{theirs}_tokens_total"]
-        assert 0 <= more <= LENGTH * attempts
+        # Of who left vLLM forgets before it counts: one draft, on busy machines a few. Where nobody
+        # leaves in the middle of a step, both are equal: test_leaving.py.
+        assert ours >= metrics[f"vllm:spec_decode_num_{theirs}_tokens_total"] > 0
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_the_next_answered(port, target):
