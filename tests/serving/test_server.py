@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from taps_hf.formats.composition import Drafting
 
 from ..saved import letter_tokenizer
-from .served import SETTINGS, compose_small, drafted_by, save_small_target
+from .served import LENGTH, SETTINGS, compose_small, drafted_by, save_small_target
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
