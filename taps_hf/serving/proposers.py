@@ -254,10 +254,10 @@ class ComposedProposer(EagleProposer):
         picks: torch.Tensor,
         confidences: torch.Tensor,
     ) -> None:
+        self._picks.append(picks)
         if self._can_end:
             self._drafted.append((tokens, distributions))
-        self._picks.append(picks)
-        self._likely = confidences if self._likely is None else self._likely + confidences
+            self._likely = confidences if self._likely is None else self._likely + confidences
 
     @property
     def _can_end(self) -> bool:

@@ -30,8 +30,9 @@ def best_tokens(logits: torch.Tensor, token_ids: torch.Tensor | None) -> Best:
         logits: (K, n, scored): -inf where a drafter scores fewer tokens than others.
         token_ids: (K, scored) int64: which tokens these are; None where all are scored.
     """
-    scores, places = logits.float().max(dim=-1)
-    confidences = scores - logits.float().logsumexp(dim=-1)
+    logits = logits.float()
+    scores, places = logits.max(dim=-1)
+    confidences = scores - logits.logsumexp(dim=-1)
     tokens = places if token_ids is None else token_ids.gather(1, places)
     return Best(tokens, confidences)
 
@@ -92,9 +93,7 @@ class Trust:
     is known who was right. So nothing has to be tried out. A drafter's confidence is multiplied by
     the square of the share of first tokens in which it was right, where the last twenty or so
     count, and eight before the first count as half right. One that foresees nothing, as a lookup
-    may, was wrong. That makes up most of what confidences alone lose to the specialist
-    (docs/serving.md); between a factor and the cube, and for longer and shorter memories, it
-    differs little.
+    may, was wrong. What that brings: docs/serving.md.
 
     Args:
         count: K.
@@ -187,7 +186,7 @@ class Router:
     """Who drafts in a batch: remembered from token to token of a draft, and from draft to draft.
 
     Args:
-        routing: see [`formats.composition.Composition`].
+        routing: see [`formats.composition.Drafting`].
         count: K.
         most_requests: in a batch.
         device: of what is remembered.

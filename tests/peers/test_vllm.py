@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from ..serving.served import (
     chain,
     drafted_by,
     encoded,
+    needs_vllm,
     save_small_target,
     serve,
 )
 from ..test_real import CARDS, QUESTIONS
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="`make test-vllm` installs vllm"
-)
+pytestmark = needs_vllm
 ASKED = [
     *QUESTIONS.values(),
     "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",

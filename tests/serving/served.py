@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -32,6 +34,9 @@ from taps_hf.strategies import Choice, CycleOutcome, Strategy
 
 from ..test_real import encode
 
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="`make test-engine` installs vllm"
+)
 ENGINE = Path(__file__).with_name("engine.py")
 LENGTH, NEW_TOKENS = 4, 96
 SMALL_VOCAB = 16

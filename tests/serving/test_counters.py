@@ -28,7 +28,8 @@ def test_counts_of_processes_and_engines_are_read_together(tmp_path):
 
 
 def test_a_child_counts_where_its_parent_reads(monkeypatch):
-    monkeypatch.delenv(counters.FOLDER, raising=False)
+    monkeypatch.setenv(counters.FOLDER, "")  # so that what is set here is taken back
+    monkeypatch.delenv(counters.FOLDER)
     folder = counters_folder()
     assert counters_folder() == folder
     program = (

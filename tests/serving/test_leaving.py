@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 
 from taps_hf.formats.composition import Drafting
 
-from .served import compose_small, drafted_by, save_small_target, serve
+from .served import compose_small, drafted_by, needs_vllm, save_small_target, serve
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
-)
+pytestmark = needs_vllm
 LONGEST = 96
 ROUTINGS = ["token", "request", "draft"]  # the last with lookups
 SERVED = [*ROUTINGS, "unpadded", "one"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
-)
+from .served import needs_vllm
+
+pytestmark = needs_vllm
 
 
 def test_what_became_of_drafts_is_heard_by_request_wherever_it_stands_now():

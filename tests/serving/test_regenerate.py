@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -21,11 +20,9 @@ from taps_hf.target import LAST
 from taps_hf.training.features import FeatureStore, features_of
 
 from ..training.chat import CHATML, chat_tokenizer
-from .served import SETTINGS, save_small_target
+from .served import SETTINGS, needs_vllm, save_small_target
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
-)
+pytestmark = needs_vllm
 QUESTIONS = 24
 
 

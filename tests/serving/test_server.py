@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import socket
@@ -22,11 +21,9 @@ from transformers import PreTrainedModel
 from taps_hf.formats.composition import Drafting
 
 from ..saved import letter_tokenizer
-from .served import LENGTH, SETTINGS, compose_small, drafted_by, save_small_target
+from .served import LENGTH, SETTINGS, compose_small, drafted_by, needs_vllm, save_small_target
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
-)
+pytestmark = needs_vllm
 LONGEST, NEW_TOKENS, PATIENCE = 512, 48, 600
 _ENDED = "vllm:request_success_totallength"
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8]]
@@ -143,16 +140,12 @@ def _plain(target: PreTrainedModel, prompt: list[int]) -> list[int]:
 
 
 def _settled(port: int, ended: float) -> dict[str, float]:
-    """Metrics, when so many answers are counted, or more, and for a second nothing has changed."""
-    started, last, unchanged = time.monotonic(), {}, 0
+    """Metrics, when nothing runs any more and so many answers are counted, or more."""
+    started = time.monotonic()
     while True:
         metrics = _metrics(port)
-        counts = {name: x for name, x in metrics.items() if "spec_decode" in name or "taps" in name}
-        quiet = not metrics["vllm:num_requests_running"] and metrics[_ENDED] >= ended
-        unchanged = unchanged + 1 if quiet and counts == last else 0
-        if unchanged == 5:
+        if not metrics["vllm:num_requests_running"] and metrics[_ENDED] >= ended:
             return metrics
-        last = counts
         assert time.monotonic() - started < PATIENCE
         time.sleep(0.2)
 
@@ -173,9 +166,9 @@ def test_others_go_on_when_a_client_breaks_off(port, target):
     assert ended == len(PROMPTS)  # only the others' answers came to their end
     for kind, theirs in (("drafted", "draft"), ("accepted", "accepted")):
         ours = metrics[f"taps_hf:{kind}_tokens_total"]
-        # Of who left vLLM forgets before it counts: one draft, on busy machines a few. Where nobody
-        # leaves in the middle of a step, both are equal: test_leaving.py.
-        assert ours >= metrics[f"vllm:spec_decode_num_{theirs}_tokens_total"] > 0
+        # vLLM counts a step after it has forgotten those who left in it: once an attempt.
+        more = ours - metrics[f"vllm:spec_decode_num_{theirs}_tokens_total"]
+        assert 0 <= more <= LENGTH * attempts
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_the_next_answered(port, target):

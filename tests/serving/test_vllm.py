@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,14 +25,13 @@ from .served import (
     compose_small,
     drafted_by,
     encoded,
+    needs_vllm,
     save_small_target,
     serve,
     whole,
 )
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
-)
+pytestmark = needs_vllm
 SCORED = 4096
 ROUTINGS = get_args(Routing)
 SHORT, FEW = 48, 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -13,11 +12,9 @@ from transformers import PreTrainedModel
 from taps_hf import Eagle3Drafter
 from taps_hf.exchange import export_composed
 
-from .served import LENGTH, chain, drafted_by, save_small_target, serve, whole
+from .served import LENGTH, chain, drafted_by, needs_vllm, save_small_target, serve, whole
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="`make test-serve` installs vllm"
-)
+pytestmark = needs_vllm
 NEW_TOKENS, STEPS = 64, 40
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8], [1, 1, 2, 3, 5, 8], [6, 2, 8, 3, 1, 8]]
 # In pairs that can run as one; layers and draft vocabularies of each are its own.
