@@ -39,6 +39,7 @@ _DRAFTS, _ACCEPTED = (
 )
 _OURS = "taps_hf:drafted_tokens_total"
 _TIMEOUT = 600
+_WARM_UP = "Say one word."
 
 
 @dataclass(frozen=True)
@@ -210,31 +211,78 @@ def measure(server: Server, prompts: Sequence[Prompt], clients: int, max_tokens:
     )
 
 
-def mixed(specs: Sequence[str]) -> list[Prompt]:
-    """The prompts of several files in turn: traffic of all kinds at all times."""
-    rounds = itertools.zip_longest(*map(read_prompts, specs))
-    return [prompt for each in rounds for prompt in each if prompt is not None]
+def mixed(specs: Sequence[str], times: int = 1) -> list[list[Prompt]]:
+    """Prompts for so many measurements, none twice: what a server has cached it does not compute.
+
+    Args:
+        specs: of files, FILE or FILE:COUNT, COUNT for each measurement.
+        times: how many measurements there are.
+
+    Returns:
+        For each the prompts of all files in turn: traffic of all kinds at all times.
+
+    Raises:
+        ValueError: if a file has not so many.
+    """
+    files = [_shares(spec, times) for spec in specs]
+    return [
+        [
+            prompt
+            for each in itertools.zip_longest(*(file[at] for file in files))
+            for prompt in each
+            if prompt is not None
+        ]
+        for at in range(times)
+    ]
+
+
+def _shares(spec: str, times: int) -> list[list[Prompt]]:
+    name, colon, count = spec.rpartition(":")
+    if colon and count.isdigit():
+        found = read_prompts(f"{name}:{int(count) * times}")
+    else:
+        found = read_prompts(spec)
+        if len(found) < times:
+            raise ValueError(
+                f"{Path(spec).name} has {len(found)} prompts, expected one at least for each of "
+                f"{times} measurements."
+            )
+    each = len(found) // times
+    return [found[at::times][:each] for at in range(times)]
 
 
 def markdown(rows: Sequence[Measured]) -> str:
-    """A table, the first server's tokens per second being 1."""
+    """A table, the first server's tokens per second being 1 in each round; medians of rounds."""
     lines = [
         "| clients | server | tokens/s together | x first | first token, ms | per token, ms | "
         "accepted a draft | drafted by |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for clients in dict.fromkeys(row.clients for row in rows):
-        here = [row for row in rows if row.clients == clients]
-        base = here[0].tokens / here[0].seconds
-        for row in here:
-            rate = row.tokens / row.seconds
-            accepted = f"{row.accepted / row.drafts:.2f}" if row.drafts else "-"
-            whole = sum(row.drafted.values())
-            by = ", ".join(f"{name} {n / whole:.0%}" for name, n in row.drafted.items() if whole)
-            lines.append(
-                f"| {clients} | {row.server} | {rate:.1f} | {rate / base:.2f} | "
-                f"{row.first * 1000:.0f} | {row.each * 1000:.1f} | {accepted} | {by or '-'} |"
-            )
+    found: dict[tuple[int, str], list[Measured]] = defaultdict(list)
+    for row in rows:
+        found[row.clients, row.server].append(row)
+    for (clients, server), rounds in found.items():
+        base = found[clients, rows[0].server]
+        rates = [row.tokens / row.seconds for row in rounds]
+        ratios = sorted(rate / (first.tokens / first.seconds) for rate, first in zip(rates, base))
+        times = f"{statistics.median(ratios):.2f}"
+        if len(ratios) > 1:
+            times += f" ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        drafts = sum(row.drafts for row in rounds)
+        accepted = f"{sum(row.accepted for row in rounds) / drafts:.2f}" if drafts else "-"
+        drafted: dict[str, int] = defaultdict(int)
+        for name, n in (item for row in rounds for item in row.drafted.items()):
+            drafted[name] += n
+        whole = sum(drafted.values())
+        by = ", ".join(f"{name} {n / whole:.0%}" for name, n in drafted.items() if whole)
+        first, each = (
+            statistics.median(getattr(row, name) for row in rounds) * 1000
+            for name in ("first", "each")
+        )
+        lines.append(
+            f"| {clients} | {server} | {statistics.median(rates):.1f} | {times} | {first:.0f} | "
+            f"{each:.1f} | {accepted} | {by or '-'} |"
+        )
     return "\n".join(lines)
 
 
@@ -245,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--servers", nargs="+", required=True, metavar="NAME=URL")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE[:COUNT]")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=1, help="measurements of each")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--out", type=Path, help="JSON file of what was measured")
     options = parser.parse_args(argv)
@@ -254,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     for name, values in (
         ("clients", options.clients),
+        ("rounds", [options.rounds]),
         ("max_new_tokens", [options.max_new_tokens]),
     ):
         for value in values:
@@ -261,16 +311,17 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> None:
                 raise ValueError(f"`{name}` is {value}, expected {COUNT}.")
     if options.out is not None:
         check_writable(options.out)
-    prompts = mixed(options.prompts)
+    turns = [clients for clients in options.clients for _ in range(options.rounds)]
+    prompts = mixed(options.prompts, len(turns))
     named = named_paths(options.servers, "servers")
     servers = [Server(name, url) for name, url in named.items()]
     for server in servers:  # compiles and warms up what the first request finds cold
-        server.ask(prompts[0].text, options.max_new_tokens)
+        server.ask(_WARM_UP, options.max_new_tokens)
     rows: list[Measured] = []
-    for turn, clients in enumerate(options.clients):
+    for turn, clients in enumerate(turns):
         shift = turn % len(servers)  # none is always the first
         found = [
-            measure(server, prompts, clients, options.max_new_tokens)
+            measure(server, prompts[turn], clients, options.max_new_tokens)
             for server in servers[shift:] + servers[:shift]
         ]
         rows += sorted(found, key=lambda row: list(named).index(row.server))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import serve
@@ -15,14 +17,14 @@ DRAFTS = 3
 class _Handler(BaseHTTPRequestHandler):
     """Two tokens an answer; three drafts of four tokens, of which the first drafter has one."""
 
-    asked = 0
+    texts: ClassVar[list[str]] = []
     lock = threading.Lock()
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             self._say(json.dumps({"data": [{"id": "model"}]}))
             return
-        asked = type(self).asked
+        asked = len(self.texts)
         self._say(
             "# HELP something\n"
             f'vllm:spec_decode_num_drafts_total{{engine="0"}} {DRAFTS * asked}.0\n'
@@ -33,11 +35,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if "refuse" in asked["messages"][0]["content"]:
+        text = asked["messages"][0]["content"]
+        if "refuse" in text:
             self.send_error(400, "too long")
             return
         with self.lock:
-            type(self).asked += 1
+            self.texts.append(text)
         events = [
             {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
             {"choices": [{"delta": {"content": "one"}}]},
@@ -57,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url():
-    _Handler.asked = 0
+    _Handler.texts.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -70,36 +73,48 @@ def url():
 @pytest.fixture
 def questions(tmp_path) -> list[str]:
     files = []
-    for name, count in (("a", 3), ("b", 1)):
+    for name, count in (("a", 13), ("b", 6)):
         files.append(tmp_path / f"{name}.jsonl")
         rows = [json.dumps({"instruction": f"{name}{i}"}) for i in range(count)]
         files[-1].write_text("\n".join(rows))
     return [str(file) for file in files]
 
 
-def test_all_questions_are_asked_once_and_counted(url, questions, tmp_path, capsys):
+def test_questions_are_asked_once_of_each_server_and_counted(url, questions, tmp_path, capsys):
     out = tmp_path / "out.json"
     given = ["--servers", f"plain={url}", f"ours={url}", "--prompts", *questions]
-    assert serve.main([*given, "--clients", "1", "3", "--out", str(out)]) == 0
+    given += ["--clients", "1", "3", "--rounds", "2", "--out", str(out)]
+    assert serve.main(given) == 0
     rows = json.loads(out.read_text())
     assert [(row["server"], row["clients"]) for row in rows] == [
-        ("plain", 1),
-        ("ours", 1),
-        ("plain", 3),
-        ("ours", 3),
+        (server, clients) for clients in (1, 1, 3, 3) for server in ("plain", "ours")
     ]
     for row in rows:
         assert (row["tokens"], row["drafts"], row["accepted"]) == (8, 4 * DRAFTS, 8 * DRAFTS)
         assert row["drafted"] == {"math": 12, "chat": 36}
         assert 0 < row["first"] <= row["seconds"]
-    assert _Handler.asked == 2 + 4 * 4  # the first warms each server up
+    times = Counter(_Handler.texts)  # "plain" and "ours" are one server here
+    assert len(times) == 1 + 4 * 4  # with what warms each up
+    assert set(times.values()) == {2}
     said = capsys.readouterr().out
-    assert "| 3 | ours |" in said
+    assert said.count("| 3 | ours |") == 1
     assert "| 2.00 | math 25%, chat 75% |" in said
 
 
-def test_files_take_turns(questions):
-    assert [prompt.text for prompt in serve.mixed(questions)] == ["a0", "b0", "a1", "a2"]
+def test_of_several_rounds_medians_are_shown():
+    rows = [
+        serve.Measured(server, 2, seconds, 12, first=0.1, each=0.01)
+        for plain, ours in ((1, 1), (2, 1), (3, 1))
+        for server, seconds in (("plain", plain), ("ours", ours))
+    ]
+    assert "| 2 | plain | 6.0 | 1.00 (1.00 to 1.00) |" in serve.markdown(rows)
+    assert "| 2 | ours | 12.0 | 2.00 (1.00 to 3.00) |" in serve.markdown(rows)
+
+
+def test_files_take_turns_and_are_dealt_out(questions):
+    every, counted = serve.mixed(questions, 6), serve.mixed([f"{questions[0]}:2", questions[1]], 2)
+    assert [prompt.text for prompt in every[0]] == ["a0", "b0", "a6"]
+    assert [prompt.text for prompt in counted[1]] == ["a3", "b1", "a9", "b3", "b5"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +124,8 @@ def test_files_take_turns(questions):
         (["--servers", "a=http://127.0.0.1:9"], "does not say which model it serves"),
         (["--servers", "a"], "expected NAME=PATH"),
         (["--servers", "a=URL", "--clients", "0"], "`clients` is 0, expected at least 1"),
+        (["--servers", "a=URL", "--rounds", "0"], "`rounds` is 0, expected at least 1"),
+        (["--servers", "a=URL", "--rounds", "7", "--clients", "1"], "b.jsonl has 6 prompts"),
     ],
 )
 def test_what_is_refused(url, questions, capsys, given, message):

@@ -98,22 +98,51 @@ class ComposedTrunks(nn.Module):
             )
             for k in range(self.trunks.count)
         )
+        self._each: list[StackedTrunks | StackedEagle3] = []
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, K * hidden), twice: what tokens are scored from, and what is fed back."""
-        return self.run(self.trunks, self.attention, input_ids, positions, hidden_states)
+        embeds = self.embed_tokens(input_ids)
+        if not self._each:
+            return self._run(self.trunks, self.attention, embeds, positions, hidden_states)
+        states = by_drafter(hidden_states, self.trunks.count)
+        found = [self._alone(k, embeds, positions, own) for k, own in enumerate(states)]
+        scored, fed = (torch.cat(each, dim=1) for each in zip(*found))
+        return scored, fed
 
-    def run(
+    def separate(self) -> None:
+        """Compute one drafter after the other from now on.
+
+        A CPU wins nothing by fewer calls, and loses the time to put what they give together.
+        """
+        self._each = [alone(self.trunks, k) for k in range(self.trunks.count)]
+
+    def run_alone(
         self,
-        trunks: StackedTrunks | StackedEagle3,
-        attention: Sequence[Attention],
+        drafter: int,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of some drafters, whose trunks, attention and states are given."""
+        """(n, hidden), twice: as [`forward`], of one drafter, from its own states (n, hidden)."""
+        return self._alone(drafter, self.embed_tokens(input_ids), positions, hidden_states)
+
+    def _alone(
+        self, drafter: int, embeds: torch.Tensor, positions: torch.Tensor, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attention = [self.attention[drafter]]
+        return self._run(self._each[drafter], attention, embeds, positions, states)
+
+    def _run(
+        self,
+        trunks: StackedTrunks | StackedEagle3,
+        attention: Sequence[Attention],
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             # All have the same positions, so that all heads are turned at once.
@@ -127,8 +156,7 @@ class ComposedTrunks(nn.Module):
                 ]
             )
 
-        embeds = self.embed_tokens(input_ids)
-        return trunks(embeds, hidden_states, attend, tensor_model_parallel_all_reduce)
+        return trunks(embeds, states, attend, tensor_model_parallel_all_reduce)
 
 
 class ComposedForCausalLM(nn.Module):
@@ -157,8 +185,7 @@ class ComposedForCausalLM(nn.Module):
         )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.head = _head(self.composition, self.config)
-        # Each drafter's trunk and head, where a draft may be one drafter's alone.
-        self._each: list[tuple[nn.Module, nn.Module | None]] = []
+        self._heads: list[StackedHead] = []  # of each drafter, where one may draft alone
         self.router: Router | None = None
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -177,10 +204,9 @@ class ComposedForCausalLM(nn.Module):
             raise ValueError("The drafters read tokens, but vLLM gives embeddings (of images?).")
         if (drafter := self.router.alone) is None:
             return self.model(input_ids, positions, hidden_states)
-        trunk, _ = self._each[drafter]
         place = self._place(drafter)
-        given = (trunk, [self.model.attention[drafter]], input_ids, positions)
-        scored, fed = self.model.run(*given, hidden_states[:, place])
+        own = hidden_states[:, place]
+        scored, fed = self.model.run_alone(drafter, input_ids, positions, own)
         wide = _with(hidden_states, place, scored)
         return wide, wide if fed is scored else _with(hidden_states, place, fed)
 
@@ -211,11 +237,9 @@ class ComposedForCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, StackedLinear):
                 module.separate(_product)
-        if routing == "draft":
-            self._each = [
-                (alone(self.model.trunks, k), None if self.head is None else alone(self.head, k))
-                for k in range(self.count)
-            ]
+        self.model.separate()
+        if self.head is not None:
+            self._heads = [alone(self.head, k) for k in range(self.count)]
 
     def _copy_rows(self) -> None:
         head, ids = self.lm_head, self.head.token_ids
@@ -262,7 +286,7 @@ class ComposedForCausalLM(nn.Module):
         """
         each, head, token_ids = by_drafter(hidden_states, self.count), self.head, self.token_ids
         if (drafter := self.router.alone) is not None:
-            each, head = each[drafter, None], self._each[drafter][1]
+            each, head = each[drafter, None], self._heads[drafter] if self._heads else None
             token_ids = None if token_ids is None else token_ids[drafter, None]
         if head is not None:
             return head(each), token_ids

@@ -6,6 +6,7 @@ but how drafters of our architectures are proposed with, and never fails.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -16,6 +17,11 @@ _logger = logging.getLogger("vllm.taps_hf")  # vLLM shows what is below its own 
 # Folders of EAGLE-2 drafters when vLLM is asked for `eagle3`; the model says what is wrong.
 _MISTAKEN = f"Eagle3{ARCHITECTURES['eagle']}"
 _OURS = set(ARCHITECTURES.values())
+# Of what makes proposals in vLLM's two runners; imported when they are made.
+_SUBCLASSES = {
+    "EagleProposer": (".proposer", "ComposedProposer"),
+    "EagleSpeculator": (".speculator", "ComposedSpeculator"),
+}
 _registered = False
 
 
@@ -59,9 +65,8 @@ def _maker(theirs: type) -> Any:
     def make(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = vllm_config.speculative_config.draft_model_config
         if cls is theirs and not _OURS.isdisjoint(model.architectures):
-            from . import proposers
-
-            cls = proposers.OURS[theirs.__name__]
+            module, name = _SUBCLASSES[theirs.__name__]
+            cls = getattr(importlib.import_module(module, __package__), name)
         return object.__new__(cls)
 
     return make

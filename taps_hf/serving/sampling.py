@@ -1,4 +1,4 @@
-"""A fault of vLLM 0.32.0 on CPUs, mended where our drafters are served.
+"""How vLLM 0.32.0 samples where our drafters are served: a fault on CPUs mended, and time saved.
 
 To verify drafts of sampled requests vLLM repeats each request's temperature (and top-k and top-p)
 for every draft token. On a CPU `utils/cpu_triton_utils._expand_kernel_impl` writes them into a
@@ -8,7 +8,10 @@ drafter at all, its own included, sampled texts are noise there. Greedy ones are
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 
 def expand_batch_to_tokens(
@@ -39,3 +42,32 @@ def mend() -> None:
     from vllm.v1.sample import rejection_sampler
 
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+class PlainWithoutDrafts(nn.Module):
+    """vLLM's rejection sampler; where nothing has been drafted its plain sampler, alone.
+
+    That gives the same tokens. The other copies logits and asks for distributions of no tokens,
+    which takes a fiftieth of a step under load.
+
+    Args:
+        whole: vLLM's own.
+    """
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(
+        self,
+        metadata: Any,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: Any,
+    ) -> Any:
+        """As vLLM's."""
+        if metadata.max_spec_len:
+            return self.whole(metadata, draft_probs, logits, sampling_metadata)
+        return self.whole.sampler(
+            logits=logits, sampling_metadata=sampling_metadata, predict_bonus_token=True
+        )

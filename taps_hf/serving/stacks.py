@@ -116,7 +116,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._apart is not None:
-            made = torch.stack([apply(rows) for apply, rows in zip(self._apart, x)])
+            made = [apply(rows) for apply, rows in zip(self._apart, x)]
+            made = torch.stack(made) if len(made) > 1 else made[0][None]  # of one: not copied
             return made if self.bias is None else made + self.bias
         weight = self.weight.transpose(1, 2)
         return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias, x, weight)

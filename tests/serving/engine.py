@@ -1,9 +1,11 @@
 """Serve prompts with vLLM, in a process of its own: `python engine.py JOBS RESULT`, both JSON.
 
-Each of the jobs says `model` and `prompts` (lists of token ids), `new_tokens`, and `speculative`,
-vLLM's own configuration of a drafter or null; `together`, whether all prompts are one batch;
-`temperature`, 0 unless it is given; `ignore_eos`; and `max_model_len`. With `leaves`, after how
-many tokens whoever asked goes away (null if they stay), prompts come one by one into a batch.
+Each of the jobs says `model` and `prompts` (lists of token ids); `new_tokens`, one number or one
+for each prompt; and `speculative`, vLLM's own configuration of a drafter or null. It may say
+`together`, whether all prompts are one batch, or of how many prompts each batch is, one after the
+other; `temperature`, 0 unless it is given; `ignore_eos`; `max_model_len`; and `cached`, blocks of
+how many tokens of prompts are cached (no prompts unless it is given). With `leaves`, after how many
+tokens whoever asked goes away (null if they stay), prompts come one by one into a batch.
 Its result has the `answers`, for each prompt the `tokens` answered and, of prompts that came one
 after the other, how many drafts (`drafts`) of how many tokens (`drafted`) were verified and
 `accepted`; the same counts for all of them, `counted`; and those of each drafter of a composed
@@ -14,6 +16,7 @@ folder, `by_drafter`. A job or a prompt that vLLM refuses has `refused`, the err
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -35,24 +38,33 @@ Counts = dict[str, int]
 def serve(job: dict[str, Any]) -> dict[str, Any]:
     """Answer the prompts, one after the other or together."""
     together = job.get("together", False)
+    if isinstance(together, bool):
+        together = [len(job["prompts"])] if together else [1] * len(job["prompts"])
     engine = LLM(
         model=job["model"],
         dtype="float32",
         enforce_eager=True,
         max_model_len=job.get("max_model_len", 512),
-        max_num_seqs=len(job["prompts"]) if together else 1,
-        enable_prefix_caching=False,
+        max_num_seqs=max(together),
+        enable_prefix_caching="cached" in job,
+        block_size=job.get("cached"),
         skip_tokenizer_init=True,
         disable_log_stats=False,
         speculative_config=job["speculative"],
         seed=0,
     )
-    wanted = SamplingParams(  # without a seed for each: with one vLLM may read no prompt in parts
-        temperature=job.get("temperature", 0),
-        max_tokens=job["new_tokens"],
-        detokenize=False,
-        ignore_eos=job.get("ignore_eos", False),
-    )
+    new_tokens = job["new_tokens"]
+    if isinstance(new_tokens, int):
+        new_tokens = [new_tokens] * len(job["prompts"])
+    wanted = [
+        SamplingParams(  # without a seed for each: with one vLLM may read no prompt in parts
+            temperature=job.get("temperature", 0),
+            max_tokens=most,
+            detokenize=False,
+            ignore_eos=job.get("ignore_eos", False),
+        )
+        for most in new_tokens
+    ]
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     first, ours, answers = _counts(engine), _by_drafter(), []
     if "leaves" in job:
@@ -64,10 +76,11 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             "by_drafter": _more(_by_drafter(), ours),
         }
     before = first
-    for batch in [prompts] if together else [[prompt] for prompt in prompts]:
-        outputs = engine.generate(batch, wanted, use_tqdm=False)
+    ends = itertools.accumulate(together)
+    for batch in (slice(end - size, end) for end, size in zip(ends, together)):
+        outputs = engine.generate(prompts[batch], wanted[batch], use_tqdm=False)
         after = _counts(engine)
-        counted = {} if together else _more(after, before)
+        counted = _more(after, before) if len(outputs) == 1 else {}
         answers += [{"tokens": list(out.outputs[0].token_ids), **counted} for out in outputs]
         before = after
     return {
@@ -81,7 +94,7 @@ def _with_leavers(
     engine: LLMEngine,
     prompts: list[dict[str, Any]],
     leaves: list[int | None],
-    wanted: SamplingParams,
+    wanted: list[SamplingParams],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Step by step; a request is aborted when it has so many tokens, as the server does it."""
     answers: list[dict[str, Any]] = [{} for _ in prompts]
@@ -91,7 +104,7 @@ def _with_leavers(
         if waiting:
             number, prompt = waiting.pop(0)
             try:
-                engine.add_request(str(number), prompt, wanted)
+                engine.add_request(str(number), prompt, wanted[number])
             except VLLMValidationError as error:
                 answers[number] = {"refused": refused(error)}
         for output in engine.step():

@@ -210,30 +210,37 @@ def test_sampled_texts_have_the_distribution_of_the_target(tmp_path):
         compose_small(tmp_path / routing, target, whole(routing))
     compose_small(tmp_path / "stop", target, Drafting("draft", 0.9, lookup=False))
     compose_small(tmp_path / "lookup", target, Drafting("draft", 0, lookup=True))
+    once = [3, 1, 4, 1, 5, 9, 2, 6]
     job = {
         "model": str(tmp_path / "small"),
-        "prompts": [[3, 1, 4, 1, 5, 9, 2, 6]] * ANSWERS,
         "together": True,
         "new_tokens": 3,
         "temperature": 1.0,
         "ignore_eos": True,
     }
-    ways = [
-        drafted_by(tmp_path / folder, "eagle") | {"draft_sample_method": method}
-        for folder, method in (
-            ("token", "greedy"),
-            ("token", "probabilistic"),
-            ("draft", "probabilistic"),
-            ("stop", "probabilistic"),
-            ("lookup", "greedy"),
-        )
+    ways = (
+        ("token", "greedy", once),
+        ("token", "probabilistic", once),
+        ("draft", "probabilistic", once),
+        ("stop", "probabilistic", once),
+        ("lookup", "greedy", once * 4),
+    )
+    jobs = [
+        {
+            **job,
+            "speculative": drafted_by(tmp_path / folder, "eagle") | {"draft_sample_method": method},
+            "prompts": [prompt] * ANSWERS,
+        }
+        for folder, method, prompt in ways
     ]
-    expected = probabilities(target, job["prompts"][0])
-    results = serve(tmp_path, [{**job, "speculative": way} for way in ways])
+    results = serve(tmp_path, jobs)
     long, stopped = (found["counted"] for found in results[2:4])
     assert long["drafted"] / long["drafts"] > stopped["drafted"] / stopped["drafts"] + 0.2
+    print(results[4]["by_drafter"])
+    assert results[4]["by_drafter"]["lookup drafted"] > ANSWERS / 4
     assert results[4]["by_drafter"]["lookup accepted"] > 0
-    for found in results:
+    for found, (*_, prompt) in zip(results, ways, strict=True):
+        expected = probabilities(target, prompt)
         accepted, drafted = (found["counted"][kind] for kind in ("accepted", "drafted"))
         assert 0.01 * drafted < accepted < 0.9 * drafted  # both ways to a token are taken
         tokens = torch.tensor([answer["tokens"] for answer in found["answers"]])

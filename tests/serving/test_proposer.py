@@ -14,7 +14,7 @@ pytestmark = needs_vllm
 
 def test_what_became_of_drafts_is_heard_by_request_wherever_it_stands_now():
     """One request has left, one is new, one had its draft cut, and the order is another."""
-    from taps_hf.serving.proposers import ComposedProposer
+    from taps_hf.serving.proposer import ComposedProposer
 
     heard, counted = [], []
 

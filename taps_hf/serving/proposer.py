@@ -1,67 +1,29 @@
-"""How vLLM proposes with composed drafters: subclasses of the proposers of its two runners.
+"""How vLLM's older runner proposes with composed drafters.
 
-vLLM 0.32.0 has two: `v1/worker/gpu_model_runner`, which proposes with an `EagleProposer`, and the
-newer `v1/worker/gpu`, with an `EagleSpeculator`. It takes the newer one where Triton works (on
-GPUs) and the older one elsewhere (on CPUs), unless VLLM_USE_V2_MODEL_RUNNER says otherwise. The
-older one is tested here; the newer one could only be read.
+vLLM 0.32.0 has two runners: this one, `v1/worker/gpu_model_runner`, which it takes where Triton
+does not work (on CPUs) or VLLM_USE_V2_MODEL_RUNNER=0 says so, and the newer one, for which see
+`speculator`.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.spec_decode.eagle import EagleProposer
-from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from ..formats.composition import LOOKUP
-from .counters import Counters
+from .batches import Batch, Rows
 from .lookups import Lookups
 from .routing import Best, Slots
-from .sampling import mend
+from .sampling import PlainWithoutDrafts, mend
+from .tally import Tally
+from .unread import Unread
 
-_PERIOD = 1.0  # seconds between copies of counts from a device that is not the CPU
-
-
-class _Tally:
-    """Counts on the device, now and then copied to where they are asked for.
-
-    Args:
-        names: of the drafters.
-        vllm_config: vLLM's.
-        device: where drafting runs.
-    """
-
-    def __init__(self, names: tuple[str, ...], vllm_config: Any, device: torch.device) -> None:
-        self._counts = torch.zeros(2, len(names), dtype=torch.int64, device=device)
-        self._drafters = torch.arange(len(names), device=device)
-        self._copied = 0.0
-        self._shared: Counters | None = None
-        if get_tensor_model_parallel_rank() == 0:  # all ranks of an engine draft the same
-            engine = vllm_config.parallel_config.data_parallel_index
-            self._shared = Counters(names, engine)
-
-    def add(self, picks: torch.Tensor, drafted: torch.Tensor, accepted: torch.Tensor) -> None:
-        """Count drafts that were verified.
-
-        Args:
-            picks: (n, L) int64: whose each token was.
-            drafted, accepted: (n,) integers: how many of the first of them were verified and
-                accepted.
-        """
-        ours = picks[..., None] == self._drafters
-        at = torch.arange(picks.shape[1], device=picks.device)
-        for row, counted in enumerate((drafted, accepted)):
-            self._counts[row] += (ours & (at < counted[:, None])[..., None]).sum(dim=(0, 1))
-        now = time.monotonic()
-        on_cpu = self._counts.device.type == "cpu"
-        if self._shared is not None and (on_cpu or now - self._copied > _PERIOD):
-            self._shared.counts[:] = self._counts.cpu().numpy()
-            self._copied = now
+_KEPT = 512  # rows of each request that drafters may read later
 
 
 class _Enough(Exception):  # noqa: N818 (nothing is wrong)
@@ -84,7 +46,7 @@ class _Verified:
 
 
 class ComposedProposer(EagleProposer):
-    """Of the older runner."""
+    """See the module."""
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner=runner)
@@ -107,6 +69,8 @@ class ComposedProposer(EagleProposer):
         self._least: float | None = None  # log-probability below which a draft ends
         self._lookups: Lookups | None = None
         self._emitted: dict[str, list[int]] = {}  # in this step, and not yet in the runner's texts
+        # Elsewhere the host would have to wait for where rows stand.
+        self._unread = Unread(self.max_batch_size, _KEPT) if device.type == "cpu" else None
 
     def _draft_to_the_end(self) -> None:
         """Have the runner ask for drafts until a request is as long as the target's may be.
@@ -139,7 +103,8 @@ class ComposedProposer(EagleProposer):
             if drafting.lookup and not self._enable_probabilistic_draft_probs:
                 self._lookups, names = Lookups(), (*names, LOOKUP)
         self.model.begin(self.max_batch_size, lookup=self._lookups is not None)
-        self._tally = _Tally(names, self.vllm_config, self.device)
+        self._tally = Tally(names, self.vllm_config, self.device)
+        self.runner.rejection_sampler = PlainWithoutDrafts(self.runner.rejection_sampler)
 
     def set_inputs_first_pass(
         self, *args: Any, target_hidden_states: torch.Tensor, **kwargs: Any
@@ -152,49 +117,113 @@ class ComposedProposer(EagleProposer):
         self,
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,
-        *args: Any,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
         next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: Any,
+        sampling_metadata: Any,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """As the base class, noting whose each token is.
 
-        Where no drafts are wanted, since the load is high, and there are no prompts to read,
-        nothing runs: the base class would have drafters read along. What has been answered
-        meanwhile they do not know when drafting begins again, and foresee less for a while.
-        (Prompts are read: vLLM's cache of prefixes gives them to later requests, too.)
+        Where no drafts are wanted, since the load is high, hardly anything runs: the base class
+        would have drafters read along. On a CPU they read later what they need, see [`Unread`];
+        elsewhere what is answered meanwhile they do not know afterwards.
         """
-        verified, self._verified = self._verified, None
-        if not num_speculative_tokens and len(target_token_ids) == self.runner.input_batch.num_reqs:
-            self.num_speculative_tokens, self._last_draft_probs, self._picks = 0, None, []
-            if self._lookups is not None:
-                self._lookups.forget(self.runner.requests)
-            return target_token_ids.new_empty(len(target_token_ids), 0, dtype=torch.int64)
+        batch = Batch(
+            Rows(
+                common_attn_metadata.query_start_loc_cpu.tolist(),
+                target_token_ids,
+                target_positions,
+                target_hidden_states,
+            ),
+            next_token_ids,
+            token_indices_to_sample,
+            num_rejected_tokens_gpu,
+            common_attn_metadata,
+        )
         requests = list(self.runner.input_batch.req_ids)
-        router = self.model.router
-        if router.remembers:
-            slots, new = (
-                torch.tensor(x, dtype=torch.int64, device=self.device)
-                for x in self._slots.of(requests, self.runner.requests)
-            )
-            router.follow(slots, new)
-            if verified is not None and router.per_draft:
-                self._hear(slots, verified, next_token_ids)
+        slots = self._follow(requests, next_token_ids, drafts=num_speculative_tokens > 0)
         self._picks, self._rows = [], {request: row for row, request in enumerate(requests)}
         self._drafted, self._likely = [], None
+        if not num_speculative_tokens:
+            read = self._read_at_once(batch, slots)
+        else:
+            read = self._with_unread(batch, slots)
+        self.num_speculative_tokens, self._last_draft_probs = num_speculative_tokens, None
+        if read is None:
+            return next_token_ids.new_empty(len(requests), 0, dtype=torch.int64)
+        router = self.model.router
         router.begin(self._offered(requests, num_speculative_tokens))
         try:
             self._last = super().propose(
                 num_speculative_tokens,
-                target_token_ids,
-                *args,
-                next_token_ids=next_token_ids,
+                read.rows.tokens,
+                read.rows.positions,
+                read.rows.states,
+                read.next_tokens,
+                read.sample_at,
+                read.metadata,
+                sampling_metadata,
+                num_rejected_tokens_gpu=read.rejected,
                 **kwargs,
             )
         except _Enough:  # the base class knows no other way out
             self._last = self._as_it_is()
         self._drafted = []  # with distributions, which are large
         router.begin()
+        if not num_speculative_tokens:  # some may have read nothing
+            return self._last.new_empty(len(requests), 0)
         return self._last
+
+    def _follow(self, requests: list[str], next_token_ids: torch.Tensor, drafts: bool) -> list[int]:
+        """Where requests are remembered; what became of their drafts is heard, too."""
+        verified, self._verified = self._verified, None
+        slots, new = self._slots.of(requests, self.runner.requests)
+        if self._unread is not None:
+            self._unread.forget(new)
+        if self._lookups is not None:
+            self._lookups.forget(self.runner.requests)
+        router = self.model.router
+        if router.remembers and (drafts or new or verified is not None):
+            at, begun = (
+                torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, new)
+            )
+            router.follow(at, begun)
+            if verified is not None and router.per_draft:
+                self._hear(at, verified, next_token_ids)
+        return slots
+
+    def _read_at_once(self, batch: Batch, slots: list[int]) -> Batch | None:
+        """What drafters are to read although nothing is drafted; the rest is kept.
+
+        Prompts of which vLLM's cache of prefixes gives blocks to other requests: who gets them can
+        only have them read by then.
+        """
+        now, n = self.runner.input_batch, len(slots)
+        prompts = now.num_prompt_tokens[:n]
+        is_prompt = now.num_computed_tokens_cpu[:n] < prompts
+        if self._unread is None:
+            return batch if is_prompt.any() else None
+        reads = is_prompt & (prompts >= self.block_size)
+        if not reads.any() or not self.vllm_config.cache_config.enable_prefix_caching:
+            self._unread.keep(batch.rows, slots)
+            return None
+        which, others = (np.flatnonzero(x).tolist() for x in (reads, ~reads))
+        if others:
+            self._unread.keep(batch.rows.of(others), [slots[at] for at in others])
+        some = batch if not others else batch.of(which, self.block_size)
+        return self._with_unread(some, [slots[at] for at in which])
+
+    def _with_unread(self, batch: Batch, slots: list[int]) -> Batch:
+        """The same with what drafters have not read of these requests."""
+        if self._unread is None:
+            return batch
+        room = self.max_num_tokens - batch.rows.starts[-1]
+        earlier = self._unread.read(batch.rows, slots, room)
+        return batch if earlier is None else batch.after(earlier, self.block_size)
 
     def _offered(self, requests: list[str], length: int) -> Best | None:
         """What may follow in the texts of requests whose prompts have been read."""
@@ -204,7 +233,6 @@ class ComposedProposer(EagleProposer):
             known = self.runner.requests[request]
             text = (known.prompt_token_ids or [], known.output_token_ids, tokens)
             self._lookups.read(request, *text)
-        self._lookups.forget(self.runner.requests)
         return Best(*self._lookups.offer(requests, length))
 
     def _as_it_is(self) -> torch.Tensor:
@@ -279,6 +307,10 @@ class ComposedProposer(EagleProposer):
                 for request, tokens, keep in zip(gpu_input_batch.req_ids, rows, kept)
                 if keep
             }
+        on_cpu, (count, most) = self.device.type == "cpu", sampled_token_ids.shape
+        if on_cpu and most == 1 and not discard_request_mask[:count].any():
+            # What the base class would find, in a tenth of the time.
+            return sampled_token_ids[:, 0], torch.ones_like(sampled_token_ids[:, 0])
         return super().prepare_next_token_ids_padded(
             sampled_token_ids, requests, gpu_input_batch, discard_request_mask
         )
@@ -297,7 +329,12 @@ class ComposedProposer(EagleProposer):
     def prepare_inputs_padded(
         self, common_attn_metadata: Any, spec_decode_metadata: Any, valid_sampled_tokens_count: Any
     ) -> Any:
-        """As the base class; the last drafts have just been verified, and are counted."""
+        """As the base class; the last drafts have just been verified, and are counted.
+
+        Where there were none everything is as it is, which is the runner's own way without drafts.
+        """
+        if self.device.type == "cpu" and not spec_decode_metadata.max_spec_len:
+            return common_attn_metadata, None, None
         self._count(spec_decode_metadata.num_draft_tokens, valid_sampled_tokens_count - 1)
         return super().prepare_inputs_padded(
             common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count
@@ -330,82 +367,3 @@ class ComposedProposer(EagleProposer):
         accepted = torch.minimum(accepted[at], lengths)
         self._verified = _Verified(at, rows, accepted)
         self._tally.add(torch.stack(self._picks, dim=1)[rows], lengths, accepted)
-
-
-class ComposedSpeculator(EagleSpeculator):
-    """Of the newer runner."""
-
-    def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
-        self.use_local_argmax_reduction = self.draft_logits is None
-        # One row more, which those of padding (request -1) write to.
-        self._picks = self.draft_tokens.new_zeros(self.max_num_reqs + 1, self.num_speculative_steps)
-
-    def load_draft_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """As the base class, and then what needs the target's head."""
-        model = super().load_draft_model(*args, **kwargs)
-        if (routing := model.composition.drafting.routing) != "token":
-            raise ValueError(
-                f"The drafters are routed per {routing}, which vLLM's newer runner does not "
-                "support here; set VLLM_USE_V2_MODEL_RUNNER=0, or export them with "
-                "`--routing token`."
-            )
-        model.begin(self.max_num_reqs)
-        self._tally = _Tally(model.composition.names, self.vllm_config, self.device)
-        return model
-
-    def propose(
-        self,
-        input_batch: Any,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        last_hidden_states: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """As the base class, with what each drafter makes of the target's features.
-
-        Of several layers' the base class asks for that by itself.
-        """
-        if self.method == "eagle":
-            last_hidden_states = self.model.combine_hidden_states(last_hidden_states)
-        return super().propose(
-            input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
-        )
-
-    def sample_draft(
-        self,
-        hidden_states: torch.Tensor,
-        sample_src_positions: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        draft_step: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """As the base class, noting whose each token is: without a word to the host, for graphs."""
-        sampled = super().sample_draft(
-            hidden_states,
-            sample_src_positions,
-            idx_mapping,
-            temperature,
-            seeds,
-            draft_step,
-            *args,
-            **kwargs,
-        )
-        self._picks[idx_mapping, draft_step.expand_as(idx_mapping)] = self.model.router.picks
-        return sampled
-
-    def observe_verification(
-        self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
-    ) -> None:
-        """As the base class; the last drafts have just been verified, and are counted."""
-        super().observe_verification(idx_mapping, num_sampled, num_rejected)
-        accepted = (num_sampled - 1).clamp(min=0)
-        self._tally.add(self._picks[idx_mapping], accepted + num_rejected, accepted)
-
-
-OURS = {"EagleProposer": ComposedProposer, "EagleSpeculator": ComposedSpeculator}
-"""By the name of the class whose place they take."""
