@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def measure(
     outputs, seconds, passes = {}, {}, {}
     for variant in order[shift:] + order[:shift]:
         torch.manual_seed(seed)
-        with _counted_passes(model) as count:
+        hooked = variant is not None and variant.strategy is None and variant.compile is None
+        with _counted_passes(model) if hooked else nullcontext() as count:
             start = now(model.device)
             outputs[variant] = model.generate(
                 input_ids,
@@ -81,9 +82,10 @@ def measure(
                 **({} if variant is None else variant.arguments(drafters)),
             )
             seconds[variant] = now(model.device) - start
-        passes[variant] = len(count)
+        # Plain `generate` makes a token with each; it has no trace.
+        length = input_ids.shape[1]
+        passes[variant] = len(count) if hooked else outputs[variant].sequences.shape[1] - length
 
-    length = input_ids.shape[1]
     answers = {variant: out.sequences[0, length:].tolist() for variant, out in outputs.items()}
     return [
         Row(
@@ -117,7 +119,10 @@ def _cycles(output: Any, passes: int) -> dict[str, Any]:
 
 @contextmanager
 def _counted_passes(model: PreTrainedModel) -> Iterator[list[None]]:
-    """A list that grows by one with every call of the model by transformers' own loops."""
+    """A list that grows by one with every call of the model by transformers' own loops.
+
+    Not of one that is compiled: graphs would be made again for each new hook, and each length.
+    """
     passes: list[None] = []
     handle = model.register_forward_pre_hook(lambda *_: passes.append(None))
     try:

@@ -28,6 +28,12 @@ _MOST_FREE = 4  # memories
 # What `generate` and its users keep on a model, and no pass reads.
 _NOT_OF_A_PASS = {"_compiled_call", "_last_compile_config", "generation_config"}
 
+# The second one is raised by itself, as for hooks that count how often they are called.
+_NOT_COMPILED = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+)
+
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[object, TargetGraphs]]]
 _kept = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -118,7 +124,7 @@ class TargetGraphs:
                     self._graphs[key] = self._made(*key)
                 graph = self._graphs[key]
             logits, states = graph(inputs, *memory.tensors)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except _NOT_COMPILED as error:
             raise ValueError(
                 f"`compile` is set, but the target ({self._name}) could not be compiled with "
                 f"{self._config.to_dict()}: {str(error).strip().splitlines()[0]} Expected a "

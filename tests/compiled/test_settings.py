@@ -78,6 +78,18 @@ def test_a_backend_that_is_not_there():
         tiny_target().generate(prompt(), assistant_models=[], compile=config, max_new_tokens=3)
 
 
+def test_a_hook_that_no_two_passes_find_alike():
+    """Not before the prompt is run, but still as an error that says what is wrong."""
+    target, seen = tiny_target(), []
+    handle = target.model.norm.register_forward_pre_hook(lambda *_: seen.append(None))
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    try:
+        with pytest.raises(ValueError, match="could not be compiled with"):
+            target.generate(prompt(), assistant_models=[], compile=config, max_new_tokens=40)
+    finally:
+        handle.remove()
+
+
 def test_a_model_with_a_break_in_its_graph():
     """Said before the prompt is run."""
     target = tiny_target("qwen3")
