@@ -200,15 +200,16 @@ class ComposedProposer(EagleProposer):
         """What drafters are to read although nothing is drafted; the rest is kept.
 
         Prompts of which vLLM's cache of prefixes gives blocks to other requests: who gets them can
-        only have them read by then.
+        only have them read by then. And those that are longer than what is kept.
         """
         now, n = self.runner.input_batch, len(slots)
         prompts = now.num_prompt_tokens[:n]
         is_prompt = now.num_computed_tokens_cpu[:n] < prompts
         if self._unread is None:
             return batch if is_prompt.any() else None
-        reads = is_prompt & (prompts >= self.block_size)
-        if not reads.any() or not self.vllm_config.cache_config.enable_prefix_caching:
+        cached = self.vllm_config.cache_config.enable_prefix_caching
+        reads = is_prompt & (prompts >= (min(self.block_size, _KEPT) if cached else _KEPT + 1))
+        if not reads.any():
             self._unread.keep(batch.rows, slots)
             return None
         which, others = (np.flatnonzero(x).tolist() for x in (reads, ~reads))
@@ -331,7 +332,7 @@ class ComposedProposer(EagleProposer):
     ) -> Any:
         """As the base class; the last drafts have just been verified, and are counted.
 
-        Where there were none everything is as it is, which is the runner's own way without drafts.
+        Where there were none nothing is to be taken away.
         """
         if self.device.type == "cpu" and not spec_decode_metadata.max_spec_len:
             return common_attn_metadata, None, None

@@ -41,6 +41,8 @@ class Unread:
             self._tokens = rows.tokens.new_empty(self._requests, self._most)
             self._states = rows.states.new_empty(self._requests, self._most, rows.states.shape[1])
         for slot, first, length in zip(slots, self._firsts(rows), rows.lengths):
+            if self._end[slot] < first:  # what is between came from a cache: nothing to read it by
+                self._first[slot] = first
             self._see(slot, first)
             self._end[slot] = max(self._end[slot], first + length)
         where, at = torch.tensor(slots), rows.positions % self._most
@@ -54,25 +56,33 @@ class Unread:
         self._tokens[where, at], self._states[where, at] = tokens, states
 
     def read(self, rows: Rows, slots: Sequence[int], most: int) -> Rows | None:
-        """What is to be read before rows that are read now; all of it counts as read then.
+        """What is to be read before rows that are read now.
+
+        All of it counts as read then, also what there is no room for, the earliest of each:
+        drafters read without gaps.
 
         Args:
             rows: of requests in these slots.
             slots: one for each.
-            most: rows, of all.
+            most: rows, of all. Those who need little leave the rest to others.
 
         Returns:
             Rows of the same requests, None if there are none at all.
         """
-        earlier = []
-        each = min(self._most, max(most, 0) // len(slots))
+        kept = []
         for slot, first, length in zip(slots, self._firsts(rows), rows.lengths):
             self._see(slot, first)
-            there = max(self._first[slot], self._end[slot] - self._most, first - each)
+            there = max(self._first[slot], self._end[slot] - self._most)
             # Between what was kept and these rows are others' that came from a cache.
-            is_kept = self._end[slot] >= first
-            earlier.append(range(there, first) if is_kept else range(0))
+            kept.append(range(there, first) if self._end[slot] >= first else range(0))
             self._first[slot] = first + length
+        if not any(kept):
+            return None
+        earlier, room = list(kept), max(most, 0)
+        for number, at in enumerate(sorted(range(len(kept)), key=lambda at: len(kept[at]))):
+            share = min(len(kept[at]), room // (len(kept) - number))
+            earlier[at] = kept[at][len(kept[at]) - share :]
+            room -= share
         if not any(earlier):
             return None
         columns = []

@@ -88,8 +88,27 @@ def test_no_more_is_read_than_there_is_room_for():
     unread.keep(_batch(texts, [0, 0], [40, 30]), [0, 1])
     rows = _batch(texts, [40, 30], [41, 31])
     earlier = unread.read(rows, [0, 1], 21)
-    assert earlier.positions.tolist() == [*range(30, 40), *range(20, 30)]
+    assert earlier.positions.tolist() == [*range(29, 40), *range(20, 30)]
     assert unread.read(_batch(texts, [41, 31], [42, 32]), [0, 1], 21) is None  # read, or given up
+
+
+def test_who_needs_little_leaves_room_to_others():
+    unread, texts = Unread(3, 100), [Text(slot, [*range(60)]) for slot in range(3)]
+    unread.keep(_batch(texts, [0, 7, 0], [40, 10, 50]), [0, 1, 2])
+    rows = _batch(texts, [40, 10, 50], [41, 11, 51])
+    earlier = unread.read(rows, [0, 1, 2], 63)
+    assert earlier.lengths == [30, 3, 30]
+    assert earlier.positions.tolist() == [*range(10, 40), 7, 8, 9, *range(20, 50)]
+    unread.keep(_batch(texts, [41, 11, 51], [42, 12, 52]), [0, 1, 2])
+    assert unread.read(_batch(texts, [42, 12, 52], [43, 13, 53]), [0, 1, 2], 0) is None
+
+
+def test_nothing_is_made_up_between_two_times_that_rows_were_kept():
+    unread, text = Unread(1, 100), Text(0, [*range(50)])
+    unread.keep(_batch([text], [0], [10]), [0])
+    unread.keep(_batch([text], [32], [40]), [0])
+    earlier = unread.read(_batch([text], [40], [41]), [0], 100)
+    assert earlier.positions.tolist() == [*range(32, 40)]
 
 
 def test_what_came_from_a_cache_is_not_read():
