@@ -38,6 +38,8 @@ from taps_hf.files import check_writable
 from taps_hf.measuring import now
 from taps_hf.trace import first_difference
 
+_TRIES = 10  # widths are few
+
 PROMPTS = [str(ROOT / "examples" / "prompts" / f"{kind}.jsonl") for kind in ("math", "chat")]
 
 
@@ -170,11 +172,16 @@ def run(
         elif not warm:  # first passes cost more than later ones
             measure(model, drafters, pending, prompt, input_ids, {**generate, "max_new_tokens": 4})
         warm = True
-        while True:
+        for _ in range(_TRIES):
             made = _graphs_made()
             rows = measure(model, drafters, pending, prompt, input_ids, generate, i, seed + i)
             if _graphs_made() == made:  # not timed with what is done once for all texts
                 break
+        else:
+            raise ValueError(
+                f"Graphs were made in each of {_TRIES} measurements of {prompt.key}, expected them "
+                "to be kept."
+            )
         results.add(rows)
         best = max(rows, key=lambda row: row.ratio)
         print(

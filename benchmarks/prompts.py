@@ -31,8 +31,12 @@ class Prompt:
         return f"{self.group}:{self.line}:{digest}"
 
 
-def read_prompts(spec: str) -> list[Prompt]:
+def read_prompts(spec: str, times: int = 1) -> list[Prompt]:
     """The prompts that `FILE` or `FILE:COUNT` stands for; COUNT are spread evenly over the file.
+
+    Args:
+        spec: the file, and how many prompts.
+        times: so many times COUNT, all different.
 
     Raises:
         ValueError: for a count that the file cannot give, and, naming file and line, for rows that
@@ -49,7 +53,7 @@ def read_prompts(spec: str) -> list[Prompt]:
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    wanted = int(count) if count else len(found)
+    wanted = int(count) * times if count else len(found)
     if not 0 < wanted <= len(found):
         raise ValueError(f"{wanted} prompts were asked of {file.name}, which has {len(found)}.")
     return [found[i * len(found) // wanted] for i in range(wanted)]

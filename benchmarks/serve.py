@@ -224,31 +224,18 @@ def mixed(specs: Sequence[str], times: int = 1) -> list[list[Prompt]]:
     Raises:
         ValueError: if a file has not so many.
     """
-    files = [_shares(spec, times) for spec in specs]
-    return [
-        [
-            prompt
-            for each in itertools.zip_longest(*(file[at] for file in files))
-            for prompt in each
-            if prompt is not None
-        ]
-        for at in range(times)
-    ]
-
-
-def _shares(spec: str, times: int) -> list[list[Prompt]]:
-    name, colon, count = spec.rpartition(":")
-    if colon and count.isdigit():
-        found = read_prompts(f"{name}:{int(count) * times}")
-    else:
-        found = read_prompts(spec)
+    files = [read_prompts(spec, times) for spec in specs]
+    for spec, found in zip(specs, files):
         if len(found) < times:
             raise ValueError(
                 f"{Path(spec).name} has {len(found)} prompts, expected one at least for each of "
                 f"{times} measurements."
             )
-    each = len(found) // times
-    return [found[at::times][:each] for at in range(times)]
+    shares = [[found[at::times][: len(found) // times] for found in files] for at in range(times)]
+    return [
+        [prompt for each in itertools.zip_longest(*share) for prompt in each if prompt is not None]
+        for share in shares
+    ]
 
 
 def markdown(rows: Sequence[Measured]) -> str:

@@ -47,8 +47,7 @@ def mend() -> None:
 class PlainWithoutDrafts(nn.Module):
     """vLLM's rejection sampler; where nothing has been drafted its plain sampler, alone.
 
-    That samples the same. The other copies logits and asks for distributions of no tokens,
-    which takes a fiftieth of a step under load.
+    That samples the same; the other copies logits and asks for distributions of no tokens.
 
     Args:
         whole: vLLM's own.
