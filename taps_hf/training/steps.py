@@ -7,6 +7,7 @@ target's head scores token t + 2. It is *scored* where token t + 2 belongs to an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 
 from ..drafters.modeling_feature import FeatureDrafter
 from ..masks import additive
+from .attention import attending_along_chains
 
 IGNORED = -100  # label of a token that no drafter is asked to foresee
 
@@ -33,7 +35,8 @@ def harmonised_steps(
     the slot p - j + i of each step i < j: the slots that chain would have left in the cache
     (HASS's harmonised context alignment, EAGLE-3's training-time test). Every step's slots are
     appended to one key-value cache and a mask picks among them, so this runs the modules that
-    drafting runs. HASS's own code instead multiplies attention logits by 0 or 1 and masks again
+    drafting runs; only where that is slow is the attention one that knows which they are (see
+    [`attention`]). HASS's own code instead multiplies attention logits by 0 or 1 and masks again
     after the softmax without normalising anew; inference does neither.
 
     Args:
@@ -54,18 +57,26 @@ def harmonised_steps(
     cache = DynamicCache(config=drafter.trunk.config)
     positions = torch.arange(slots, device=device)[None].expand(batch, -1)
     behind = positions[0] - positions[0, :, None]  # where a key stands, seen from a query
+    implementation = drafter.trunk.config._attn_implementation
+    # Kernels of GPUs take masks well; theirs is not measured.
+    unmasked = implementation == "sdpa" and device.type == "cpu"
     inputs = features
     for step in range(1, steps + 1):
-        mask = None if step == 1 else _visible(behind, step)  # at first plainly causal
-        if mask is not None and drafter.trunk.config._attn_implementation == "eager":
-            mask = additive(mask, embeds.dtype)
-        hidden = drafter(
-            inputs_embeds=embeds,
-            features=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-        ).last_hidden_state
+        mask, attending = None, nullcontext()  # at first plainly causal
+        if step > 1 and unmasked:
+            attending = attending_along_chains(drafter.trunk)
+        elif step > 1:
+            mask = _visible(behind, step)
+            if implementation == "eager":
+                mask = additive(mask, embeds.dtype)
+        with attending:
+            hidden = drafter(
+                inputs_embeds=embeds,
+                features=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+            ).last_hidden_state
         yield hidden
         handed = hidden[:, :-1].detach() if cut else hidden[:, :-1]
         inputs = torch.cat([features[:, :1], handed.to(features.dtype)], dim=1)

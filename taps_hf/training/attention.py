@@ -1,0 +1,100 @@
+"""Attention of chains drafted at every slot at once, without the keys that none of them sees.
+
+Of step i a slot of step j > i sees one key (see [`steps.harmonised_steps`]). With a mask over all
+keys, attention would take a sum of 1 + 2 + ... + j times what the first step takes; here every step
+takes about as much as the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+_NAME = "taps_chains"
+
+
+@contextmanager
+def attending_along_chains(trunk: nn.Module) -> Iterator[None]:
+    """Let a drafter's trunk, whose attention is torch's sdpa, attend as [`chain_attention`] does.
+
+    It is called without a mask then, on a cache of all steps before.
+    """
+    config = trunk.config
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def chain_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers, for step j of drafting at every slot.
+
+    Slot p sees the true slots up to p - j + 1, and of each later step i <= j the slot p - j + i.
+    Row by row, whose scores fit into a CPU's cache, and again for the gradient rather than kept.
+
+    Args:
+        module: unused, like `attention_mask` and `kwargs`: what each slot sees is known.
+        query: (batch, heads, slots, head size).
+        key: (batch, key heads, j x slots, head size): of all steps, the first one first.
+        value: (batch, key heads, j x slots, value size).
+        dropout: of the attention's weights.
+        scaling: of the scores, by default 1 / sqrt(head size).
+
+    Returns:
+        (batch, slots, heads, value size), and no weights.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = query.unflatten(1, (key.shape[1], -1))
+    rows = [
+        checkpoint(_attend, *row, scaling, dropout, use_reentrant=False)
+        for row in zip(query, key, value)
+    ]
+    return torch.stack(rows).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
+) -> torch.Tensor:
+    """Of one row; queries and the result are (key heads, heads to each, slots, size)."""
+    heads, slots = query.shape[1:3]
+    true_key, *keys = key.split(slots, dim=1)
+    true_value, *values = value.split(slots, dim=1)
+    last = len(keys)
+    # How many slots each step's key lies back; in a text with fewer slots than steps, all of them.
+    behind = [min(back, slots) for back in reversed(range(last))]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.flatten(1, 2) @ true_key.mT).unflatten(1, (heads, slots)).to(wide)
+    unseen = torch.ones(slots, slots, dtype=torch.bool, device=query.device).triu(1 - last)
+    scores = [scores.masked_fill(unseen, -math.inf)]
+    for back, of_step in zip(behind, keys):
+        own = (query[:, :, back:] * of_step[:, None, : slots - back]).sum(-1, dtype=wide)
+        scores.append(F.pad(own, (back, 0), value=-math.inf)[..., None])
+    weights = (torch.cat(scores, dim=-1) * scaling).softmax(dim=-1)
+    weights = F.dropout(weights, dropout).to(value.dtype)
+    found = (weights[..., :slots].flatten(1, 2) @ true_value).unflatten(1, (heads, slots))
+    for step, (back, of_step) in enumerate(zip(behind, values)):
+        seen = F.pad(of_step, (0, 0, back, 0))[:, None, :slots]
+        found = found + weights[..., slots + step, None] * seen
+    return found
+
+
+AttentionInterface.register(_NAME, chain_attention)
