@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,21 +20,28 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 _NAME = "taps_chains"
+# Not every family's layer hands what a call is given on to its attention.
+_first: ContextVar[int] = ContextVar("first")
 
 
 @contextmanager
-def attending_along_chains(trunk: nn.Module) -> Iterator[None]:
+def attending_along_chains(trunk: nn.Module, first: int = 0) -> Iterator[None]:
     """Let a drafter's trunk, whose attention is torch's sdpa, attend as [`chain_attention`] does.
 
     It is called without a mask then, on a cache of all steps before.
+
+    Args:
+        trunk: of a drafter.
+        first: the slot from which on steps are run, after the first one.
     """
     config = trunk.config
-    before = config._attn_implementation
+    before, token = config._attn_implementation, _first.set(first)
     config._attn_implementation = _NAME
     try:
         yield
     finally:
         config._attn_implementation = before
+        _first.reset(token)
 
 
 def chain_attention(
@@ -46,16 +54,18 @@ def chain_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers, for step j of drafting at every slot.
+    """An attention function of transformers, for step j of drafting at every slot from one on.
 
     Slot p sees the true slots up to p - j + 1, and of each later step i <= j the slot p - j + i.
     Row by row, whose scores fit into a CPU's cache, and again for the gradient rather than kept.
+    To be called within [`attending_along_chains`].
 
     Args:
         module: unused, like `attention_mask` and `kwargs`: what each slot sees is known.
         query: (batch, heads, slots, head size).
-        key: (batch, key heads, j x slots, head size): of all steps, the first one first.
-        value: (batch, key heads, j x slots, value size).
+        key: (batch, key heads, first + j x slots, head size): of all steps, the first one first,
+            which alone has the slots before.
+        value: (batch, key heads, first + j x slots, value size).
         dropout: of the attention's weights.
         scaling: of the scores, by default 1 / sqrt(head size).
 
@@ -65,35 +75,42 @@ def chain_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = query.unflatten(1, (key.shape[1], -1))
     rows = [
-        checkpoint(_attend, *row, scaling, dropout, use_reentrant=False)
+        checkpoint(_attend, *row, _first.get(), scaling, dropout, use_reentrant=False)
         for row in zip(query, key, value)
     ]
     return torch.stack(rows).flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    first: int,
+    scaling: float,
+    dropout: float,
 ) -> torch.Tensor:
     """Of one row; queries and the result are (key heads, heads to each, slots, size)."""
     heads, slots = query.shape[1:3]
-    true_key, *keys = key.split(slots, dim=1)
-    true_value, *values = value.split(slots, dim=1)
-    last = len(keys)
+    true = first + slots
+    last = (key.shape[1] - true) // slots
+    true_key, *keys = key.split([true, *[slots] * last], dim=1)
+    true_value, *values = value.split([true, *[slots] * last], dim=1)
     # How many slots each step's key lies back; in a text with fewer slots than steps, all of them.
     behind = [min(back, slots) for back in reversed(range(last))]
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.flatten(1, 2) @ true_key.mT).unflatten(1, (heads, slots)).to(wide)
-    unseen = torch.ones(slots, slots, dtype=torch.bool, device=query.device).triu(1 - last)
+    unseen = torch.ones(slots, true, dtype=torch.bool, device=query.device)
+    unseen = unseen.triu(first - last + 1)
     scores = [scores.masked_fill(unseen, -math.inf)]
     for back, of_step in zip(behind, keys):
         own = (query[:, :, back:] * of_step[:, None, : slots - back]).sum(-1, dtype=wide)
         scores.append(F.pad(own, (back, 0), value=-math.inf)[..., None])
     weights = (torch.cat(scores, dim=-1) * scaling).softmax(dim=-1)
     weights = F.dropout(weights, dropout).to(value.dtype)
-    found = (weights[..., :slots].flatten(1, 2) @ true_value).unflatten(1, (heads, slots))
+    found = (weights[..., :true].flatten(1, 2) @ true_value).unflatten(1, (heads, slots))
     for step, (back, of_step) in enumerate(zip(behind, values)):
         seen = F.pad(of_step, (0, 0, back, 0))[:, None, :slots]
-        found = found + weights[..., slots + step, None] * seen
+        found = found + weights[..., true + step, None] * seen
     return found
 
 

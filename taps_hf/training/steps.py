@@ -26,6 +26,7 @@ def harmonised_steps(
     features: torch.Tensor,
     steps: int,
     cut: bool = True,
+    first: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Predictions when drafting 1, 2, ... `steps` tokens deep, at every slot at once.
 
@@ -45,9 +46,11 @@ def harmonised_steps(
         steps: how deep.
         cut: whether gradients end at the features handed from step to step, as in HASS, where those
             are told what they should be. In EAGLE-3 only what follows from them tells.
+        first: from which slot on chains start. Before it only the first step is run.
 
     Yields:
-        (batch, slots, hidden) for each step. The first j - 1 slots of step j start no chain.
+        (batch, slots, hidden) for each step. At step j no chain has come to the first j - 1 slots
+        from `first` on, and before `first` there are zeros.
     """
     batch, slots = embeds.shape[:2]
     device = embeds.device
@@ -60,40 +63,43 @@ def harmonised_steps(
     implementation = drafter.trunk.config._attn_implementation
     # Kernels of GPUs take masks well; theirs is not measured.
     unmasked = implementation == "sdpa" and device.type == "cpu"
-    inputs = features
+    inputs, start = features, 0
     for step in range(1, steps + 1):
         mask, attending = None, nullcontext()  # at first plainly causal
         if step > 1 and unmasked:
-            attending = attending_along_chains(drafter.trunk)
+            attending = attending_along_chains(drafter.trunk, first)
         elif step > 1:
-            mask = _visible(behind, step)
+            mask = _visible(behind, step, first)
             if implementation == "eager":
                 mask = additive(mask, embeds.dtype)
         with attending:
             hidden = drafter(
-                inputs_embeds=embeds,
+                inputs_embeds=embeds[:, start:],
                 features=inputs,
                 attention_mask=mask,
-                position_ids=positions,
+                position_ids=positions[:, start:],
                 past_key_values=cache,
             ).last_hidden_state
-        yield hidden
-        handed = hidden[:, :-1].detach() if cut else hidden[:, :-1]
-        inputs = torch.cat([features[:, :1], handed.to(features.dtype)], dim=1)
+        yield F.pad(hidden, (0, 0, start, 0))
+        handed = hidden[:, first - start : -1]
+        handed = handed.detach() if cut else handed
+        start = first
+        inputs = torch.cat([features[:, first : first + 1], handed.to(features.dtype)], dim=1)
 
 
-def _visible(behind: torch.Tensor, step: int) -> torch.Tensor:
-    """(1, 1, slots, step x slots) bool: which slots of the steps so far a step's slots look at.
+def _visible(behind: torch.Tensor, step: int, first: int = 0) -> torch.Tensor:
+    """(1, 1, n, slots + (step - 1) x n) bool: which slots of the steps so far those n look at.
 
     Args:
         behind: (slots, slots): key minus query.
         step: from 2.
+        first: of all slots those n, the last ones, that are run after the first step.
     """
-    # Of step i only the slot that lies step - i back, of the first one all slots up to there.
-    offsets = torch.arange(1 - step, 1, device=behind.device)
-    visible = behind[:, None] == offsets[:, None]
-    visible[:, 0] = behind <= 1 - step
-    return visible.flatten(1)[None, None]
+    # Of the first step all slots up to where a chain started, of step i the one step - i back.
+    true = behind[first:] <= 1 - step
+    offsets = torch.arange(2 - step, 1, device=behind.device)
+    drafted = behind[first:, None, first:] == offsets[:, None]
+    return torch.cat([true, drafted.flatten(1)], dim=1)[None, None]
 
 
 def scored_slots(labels: torch.Tensor, steps: int) -> list[torch.Tensor]:

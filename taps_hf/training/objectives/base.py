@@ -256,8 +256,12 @@ class DraftObjective(nn.Module, ABC):
         states = batch.states
         if noise:
             states = states + (torch.rand_like(states) * 2 - 1) * noise
-        features = self.fuse(states)
-        return harmonised_steps(self.drafter, batch.embeds, features, depth, self.cuts_gradients)
+        first = 0
+        if states.device.type == "cpu":  # another device would have to be waited for
+            first = int(batch.scored[0].any(dim=0).int().argmax())
+        return harmonised_steps(
+            self.drafter, batch.embeds, self.fuse(states), depth, self.cuts_gradients, first
+        )
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """What the drafter makes of the target's states, (batch, slots, layers x hidden)."""
