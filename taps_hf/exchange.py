@@ -36,6 +36,10 @@ _SERVED = {
     '\'{{"method": "{method}", "model": "FOLDER", "num_speculative_tokens": 3}}\'',
 }
 _SERVED["speculators"] = _SERVED["vllm"]  # vLLM reads both
+_SERVED["llama.cpp"] = (
+    "python convert_hf_to_gguf.py FOLDER --target-model-dir TARGET_FOLDER --outfile DRAFTER.gguf\n"
+    "    llama-server -m TARGET.gguf -md DRAFTER.gguf --spec-type draft-eagle3"
+)
 
 
 def convert(
@@ -259,7 +263,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     """Add `taps-hf export`."""
     parser = commands.add_parser(
         "export",
-        help="write a drafter as the papers' code, SGLang or vLLM read it",
+        help="write a drafter as the papers' code, SGLang, vLLM or llama.cpp read it",
         description="What the engine cannot serve is refused, and what was written is read back.",
     )
     parser.add_argument(

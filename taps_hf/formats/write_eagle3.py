@@ -132,6 +132,37 @@ def to_vllm(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
     return Written(fields, _eagle3_tensors(drafter, "midlayer."))
 
 
+def to_llama_cpp(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
+    """For llama.cpp's `convert_hf_to_gguf.py`, which makes one file of it for llama.cpp.
+
+    Flags that it does not know it ignores, so that the drafter would be served as another.
+    """
+    config = drafter.config
+    unknown = [name for name in ("fc_norm", "norm_output") if getattr(config, name)]
+    kind = (drafter.trunk.config.rope_parameters or {}).get("rope_type", "default")
+    refuse(
+        "llama.cpp",
+        **_eagle3_reasons(drafter, ("llama",), own_size=True, attention_bias=False),
+        flags=f"it is of a dialect that llama.cpp has not ({', '.join(unknown)})"
+        if unknown
+        else None,
+        layers=f"it reads {len(config.layer_ids)} layers, and llama.cpp's three"
+        if len(config.layer_ids) != 3
+        else None,
+        rope=f"its rotary positions are scaled by {kind!r}, and only llama3's scaling was compared"
+        if kind not in ("default", "llama3")
+        else None,
+    )
+    fields = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **layer_of(drafter, target),
+        **_eagle3_flags(drafter),
+        "eagle_aux_hidden_state_layer_ids": config.layer_ids,
+        EXTRA: ours_of(drafter),
+    }
+    return Written(fields, _eagle3_tensors(drafter, "midlayer."))
+
+
 def to_speculators(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
     """As the speculators project writes it, which vLLM serves by itself.
 

@@ -29,6 +29,7 @@ ENGINES: Mapping[str, Mapping[type[FeatureDrafter], _Writer]] = {
     "sglang": {EagleDrafter: write_eagle.to_sglang, Eagle3Drafter: write_eagle3.to_sglang},
     "vllm": {EagleDrafter: write_eagle.to_vllm, Eagle3Drafter: write_eagle3.to_vllm},
     "speculators": {Eagle3Drafter: write_eagle3.to_speculators},
+    "llama.cpp": {Eagle3Drafter: write_eagle3.to_llama_cpp},
 }
 """Who can serve which kinds, and what writes them."""
 

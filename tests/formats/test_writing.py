@@ -165,7 +165,7 @@ def test_layers_in_each_engines_convention(tmp_path):
     inner = written["sglang"]["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
     assert inner == [0, 3, 7]
     assert "eagle_aux_hidden_state_layer_ids" not in written["sglang"]
-    for to in ("vllm", "speculators"):
+    for to in ("vllm", "speculators", "llama.cpp"):
         assert written[to]["eagle_aux_hidden_state_layer_ids"] == [1, 4, 8]
     for to in written:
         export(drafter, tmp_path / to, foreign.target(), to)
@@ -182,6 +182,7 @@ CAN = (
     {("sglang", dialect) for dialect in ("original", "norm_output", "fc_norm", "norm_before_fc")}
     | {("vllm", dialect) for dialect in DIALECTS if dialect != "qwen3"}
     | {("speculators", dialect) for dialect in DIALECTS}
+    | {("llama.cpp", dialect) for dialect in ("original", "norm_before_residual", "norm_before_fc")}
     | {("eagle", "original")}
 )
 
@@ -241,7 +242,10 @@ REFUSED = [
     ("vllm", lambda: eagle3("qwen3"), "expected `speculators`"),
     ("eagle", lambda: eagle3("fc_norm"), r"dialect that the original has not \(fc_norm\)"),
     ("speculators", eagle, "no place for a drafter of the kind EagleDrafter"),
-    ("llamacpp", eagle, "`to` is 'llamacpp', expected one of eagle, sglang, vllm, speculators"),
+    ("llama.cpp", lambda: eagle3("fc_norm"), r"dialect that llama.cpp has not \(fc_norm\)"),
+    ("llama.cpp", lambda: eagle3(layer_ids=[4, 5]), "reads 2 layers, and llama.cpp's three"),
+    ("llama.cpp", lambda: eagle3("qwen3"), "is of the family 'qwen3'"),
+    ("tensorrt", eagle, "`to` is 'tensorrt', expected one of eagle, sglang, vllm, speculators, "),
 ]
 
 
