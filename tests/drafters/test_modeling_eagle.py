@@ -175,6 +175,21 @@ def test_a_prediction_reads_no_later_slot(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_prediction_knows_distances_and_no_positions(family):
+    """So there is nothing to learn from positions beyond those of training (docs/training.md)."""
+    drafter = EagleDrafter.from_target(tiny_target(family)).eval()
+    embeds, features = inputs()
+    places = torch.arange(embeds.shape[1])[None]
+    near, far, apart = (
+        drafter(embeds, features, position_ids=where).last_hidden_state
+        for where in (places, places + 100, places * 3)
+    )
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+    assert (near - apart).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_and_both_inputs_matter(family):
     drafter = EagleDrafter.from_target(tiny_target(family), fc_bias=True)
     embeds, features = (x.requires_grad_() for x in inputs())
