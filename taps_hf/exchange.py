@@ -37,7 +37,9 @@ _SERVED = {
 }
 _SERVED["speculators"] = _SERVED["vllm"]  # vLLM reads both
 _SERVED["llama.cpp"] = (
-    "python convert_hf_to_gguf.py FOLDER --target-model-dir TARGET_FOLDER --outfile DRAFTER.gguf\n"
+    "python convert_hf_to_gguf.py TARGET_FOLDER --outfile TARGET.gguf\n"
+    "    python convert_hf_to_gguf.py FOLDER --target-model-dir TARGET_FOLDER "
+    "--outfile DRAFTER.gguf\n"
     "    llama-server -m TARGET.gguf -md DRAFTER.gguf --spec-type draft-eagle3"
 )
 

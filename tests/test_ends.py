@@ -17,13 +17,13 @@ from taps_hf.loading import EMBEDDED, load_model
 
 from .formats import foreign
 from .formats.foreign import EAGLE3_CONFIG
-from .tiny import _COMMON, FAMILIES
+from .tiny import COMMON, FAMILIES
 
 ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 def saved(folder, family: str = "llama", shards: str = "5GB", **config) -> str:
-    config = AutoConfig.for_model(family, **{**_COMMON, **config})
+    config = AutoConfig.for_model(family, **{**COMMON, **config})
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config)

@@ -163,7 +163,7 @@ def test_targets_that_take_no_tree():
 
 @pytest.mark.parametrize("family", ["llama", "granite", "olmo2", "glm4"])
 def test_a_window_that_only_the_config_knows(family: str):
-    config = AutoConfig.for_model(family, **{**tiny._COMMON, "sliding_window": 16})
+    config = AutoConfig.for_model(family, **{**tiny.COMMON, "sliding_window": 16})
     torch.manual_seed(2)  # with 1, glm4 has two tokens at one place that differ by rounding only
     target = AutoModelForCausalLM.from_config(config).eval()
     drafters = [taps_hf.EagleDrafter.from_target(target).eval()]

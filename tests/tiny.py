@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from taps_hf import Eagle3Drafter, EagleDrafter
 
 VOCAB = 16
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -67,7 +67,7 @@ def tiny_target(
     family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
 ) -> PreTrainedModel:
     """A random target. Cached: do not change it."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

@@ -132,12 +132,27 @@ def to_vllm(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
     return Written(fields, _eagle3_tensors(drafter, "midlayer."))
 
 
+# Families of targets of which llama.cpp gives a drafter the inputs of layers (its src/models).
+_TARGETS_OF_LLAMA_CPP = (
+    "llama",
+    "mistral",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "gpt_oss",
+    "lfm2",
+    "minimax_m2",
+    "nemotron_h",
+)
+
+
 def to_llama_cpp(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
     """For llama.cpp's `convert_hf_to_gguf.py`, which makes one file of it for llama.cpp.
 
-    Flags that it does not know it ignores, so that the drafter would be served as another.
+    Flags that it does not know it ignores, so that the drafter would be served as another; and of
+    what the target's last layer gives it reads zeros.
     """
-    config = drafter.config
+    config, own = drafter.config, target.config.get_text_config(decoder=True)
     unknown = [name for name in ("fc_norm", "norm_output") if getattr(config, name)]
     kind = (drafter.trunk.config.rope_parameters or {}).get("rope_type", "default")
     refuse(
@@ -148,6 +163,14 @@ def to_llama_cpp(drafter: Eagle3Drafter, target: PreTrainedModel) -> Written:
         else None,
         layers=f"it reads {len(config.layer_ids)} layers, and llama.cpp's three"
         if len(config.layer_ids) != 3
+        else None,
+        last=f"it reads hidden_states {config.layer_ids}, of which llama.cpp has the last "
+        f"({own.num_hidden_layers}) not"
+        if max(config.layer_ids) >= own.num_hidden_layers
+        else None,
+        target=f"its target is of the family {own.model_type!r}, of whose layers llama.cpp gives "
+        f"no states; expected one of {', '.join(_TARGETS_OF_LLAMA_CPP)}"
+        if own.model_type not in _TARGETS_OF_LLAMA_CPP
         else None,
         rope=f"its rotary positions are scaled by {kind!r}, and only llama3's scaling was compared"
         if kind not in ("default", "llama3")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,28 +21,64 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 _NAME = "taps_chains"
+
+
+@dataclass
+class _Pass:
+    """A pass of a trunk.
+
+    Args:
+        first: the slot from which on steps are run, after the first one.
+        attended: whether its attention has been [`chain_attention`].
+    """
+
+    first: int
+    attended: bool = False
+
+
 # Not every family's layer hands what a call is given on to its attention.
-_first: ContextVar[int] = ContextVar("first")
+_running: ContextVar[_Pass] = ContextVar("running")
+
+
+def can_attend_along_chains(trunk: nn.Module, device: torch.device) -> bool:
+    """Whether a drafter's trunk can attend as [`chain_attention`] does, and is faster so.
+
+    It must have torch's sdpa, and in transformers' way: early 5.x versions have families that
+    choose an attention when they are made. Kernels of GPUs take masks well; theirs is not measured.
+    """
+    config = trunk.config
+    return (
+        device.type == "cpu"
+        and config._attn_implementation == "sdpa"
+        and trunk._can_set_attn_implementation()
+    )
 
 
 @contextmanager
 def attending_along_chains(trunk: nn.Module, first: int = 0) -> Iterator[None]:
-    """Let a drafter's trunk, whose attention is torch's sdpa, attend as [`chain_attention`] does.
+    """Let a drafter's trunk attend as [`chain_attention`] does.
 
-    It is called without a mask then, on a cache of all steps before.
+    It is called without a mask then, on a cache of all steps before. Nobody else may use the trunk
+    meanwhile, in another thread either; and what recomputes a pass for its gradient (gradient
+    checkpointing) has to do it within this context, too.
 
     Args:
-        trunk: of a drafter.
+        trunk: for which [`can_attend_along_chains`].
         first: the slot from which on steps are run, after the first one.
+
+    Raises:
+        RuntimeError: if its attention was another one nevertheless.
     """
-    config = trunk.config
-    before, token = config._attn_implementation, _first.set(first)
+    config, running = trunk.config, _Pass(first)
+    before, token = config._attn_implementation, _running.set(running)
     config._attn_implementation = _NAME
     try:
         yield
     finally:
         config._attn_implementation = before
-        _first.reset(token)
+        _running.reset(token)
+    if not running.attended:
+        raise RuntimeError(f"{type(trunk).__name__} does not attend as its configuration says.")
 
 
 def chain_attention(
@@ -61,21 +98,29 @@ def chain_attention(
     To be called within [`attending_along_chains`].
 
     Args:
-        module: unused, like `attention_mask` and `kwargs`: what each slot sees is known.
+        module: unused, like `kwargs`.
         query: (batch, heads, slots, head size).
         key: (batch, key heads, first + j x slots, head size): of all steps, the first one first,
             which alone has the slots before.
         value: (batch, key heads, first + j x slots, value size).
+        attention_mask: none: what each slot sees is known.
         dropout: of the attention's weights.
         scaling: of the scores, by default 1 / sqrt(head size).
 
     Returns:
         (batch, slots, heads, value size), and no weights.
+
+    Raises:
+        RuntimeError: for a mask, which would not be kept to.
     """
+    if attention_mask is not None:
+        raise RuntimeError("Attention along chains was given a mask, and knows what slots see.")
+    running = _running.get()
+    running.attended = True
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = query.unflatten(1, (key.shape[1], -1))
     rows = [
-        checkpoint(_attend, *row, _first.get(), scaling, dropout, use_reentrant=False)
+        checkpoint(_attend, *row, running.first, scaling, dropout, use_reentrant=False)
         for row in zip(query, key, value)
     ]
     return torch.stack(rows).flatten(1, 2).transpose(1, 2).contiguous(), None

@@ -102,10 +102,14 @@ def encode_rows(
                 example = _regenerated(row.fields, len(tokenizer))
             else:
                 example = encode(tokenizer, messages_of(row.fields), ends)
-            if len(example.input_ids) > max_length:
+            cut = len(example.input_ids) > max_length
+            if cut:
                 example = Example(example.input_ids[:max_length], example.is_answer[:max_length])
                 if not any(example.is_answer):
                     raise UnusableRowError(f"no answer within the first {max_length} tokens")
+            if not any(example.is_answer[2:]):  # nothing precedes those that a drafter could read
+                raise UnusableRowError("an answer within the first two tokens alone")
+            if cut:
                 report.count(f"cut to {max_length} tokens, and used", row.where)
         except UnusableRowError as problem:
             report.count(str(problem), row.where)

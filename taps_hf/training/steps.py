@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from ..drafters.modeling_feature import FeatureDrafter
 from ..masks import additive
-from .attention import attending_along_chains
+from .attention import attending_along_chains, can_attend_along_chains
 
 IGNORED = -100  # label of a token that no drafter is asked to foresee
 
@@ -50,7 +50,7 @@ def harmonised_steps(
 
     Yields:
         (batch, slots, hidden) for each step. At step j no chain has come to the first j - 1 slots
-        from `first` on, and before `first` there are zeros.
+        from `first` on; of slots before `first` later steps give zeros.
     """
     batch, slots = embeds.shape[:2]
     device = embeds.device
@@ -60,9 +60,7 @@ def harmonised_steps(
     cache = DynamicCache(config=drafter.trunk.config)
     positions = torch.arange(slots, device=device)[None].expand(batch, -1)
     behind = positions[0] - positions[0, :, None]  # where a key stands, seen from a query
-    implementation = drafter.trunk.config._attn_implementation
-    # Kernels of GPUs take masks well; theirs is not measured.
-    unmasked = implementation == "sdpa" and device.type == "cpu"
+    unmasked = can_attend_along_chains(drafter.trunk, device)
     inputs, start = features, 0
     for step in range(1, steps + 1):
         mask, attending = None, nullcontext()  # at first plainly causal
@@ -70,7 +68,7 @@ def harmonised_steps(
             attending = attending_along_chains(drafter.trunk, first)
         elif step > 1:
             mask = _visible(behind, step, first)
-            if implementation == "eager":
+            if drafter.trunk.config._attn_implementation == "eager":
                 mask = additive(mask, embeds.dtype)
         with attending:
             hidden = drafter(

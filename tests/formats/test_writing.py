@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -160,16 +161,16 @@ def test_eagle3_heads_by_an_obvious_forward(tmp_path, to, tokens):
 
 
 def test_layers_in_each_engines_convention(tmp_path):
-    drafter = eagle3(layer_ids=[1, 4, 8])
+    drafter = eagle3(layer_ids=[1, 4, 7])
     written = {to: written_as(to, drafter, foreign.target()).config for to in list(ENGINES)[1:]}
     inner = written["sglang"]["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    assert inner == [0, 3, 7]
+    assert inner == [0, 3, 6]
     assert "eagle_aux_hidden_state_layer_ids" not in written["sglang"]
     for to in ("vllm", "speculators", "llama.cpp"):
-        assert written[to]["eagle_aux_hidden_state_layer_ids"] == [1, 4, 8]
+        assert written[to]["eagle_aux_hidden_state_layer_ids"] == [1, 4, 7]
     for to in written:
         export(drafter, tmp_path / to, foreign.target(), to)
-        assert load_quietly(tmp_path / to).config.layer_ids == [1, 4, 8]
+        assert load_quietly(tmp_path / to).config.layer_ids == [1, 4, 7]
 
 
 def load_quietly(folder):
@@ -245,6 +246,7 @@ REFUSED = [
     ("llama.cpp", lambda: eagle3("fc_norm"), r"dialect that llama.cpp has not \(fc_norm\)"),
     ("llama.cpp", lambda: eagle3(layer_ids=[4, 5]), "reads 2 layers, and llama.cpp's three"),
     ("llama.cpp", lambda: eagle3("qwen3"), "is of the family 'qwen3'"),
+    ("llama.cpp", lambda: eagle3(layer_ids=[2, 4, 8]), r"\[2, 4, 8\], of which llama.cpp has"),
     ("tensorrt", eagle, "`to` is 'tensorrt', expected one of eagle, sglang, vllm, speculators, "),
 ]
 
@@ -254,6 +256,13 @@ def test_what_an_engine_cannot_serve_is_refused_with_the_reason(tmp_path, to, ma
     with pytest.raises(ValueError, match=reason):
         export(make(), tmp_path / "out", foreign.target(), to)
     assert not (tmp_path / "out").exists()
+
+
+def test_llama_cpp_has_no_states_of_some_families_layers():
+    target = copy.deepcopy(foreign.target())
+    target.config.model_type = "qwen2"
+    with pytest.raises(ValueError, match="its target is of the family 'qwen2', of whose layers"):
+        written_as("llama.cpp", eagle3(), target)
 
 
 def test_qwen2_heads_are_served_by_two(tmp_path):

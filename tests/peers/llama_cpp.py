@@ -28,6 +28,7 @@ def answer(job: dict[str, Any]) -> list[dict[str, Any]]:
         speculative, draft = params.speculative, params.speculative.draft
         speculative.types = [cpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
         draft.mparams.path = job["drafter"]
+        draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = 1
         draft.n_max, draft.n_min, draft.p_min = job["length"], 0, 0.0
         draft.cache_type_k = draft.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
     server = cpp.Server(params)

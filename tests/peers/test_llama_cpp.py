@@ -1,7 +1,8 @@
-"""llama.cpp serves what is exported for it: its own texts, and the acceptance of our chain."""
+"""llama.cpp serves what is exported for it: its own texts, and what our chain accepts of drafts."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -13,26 +14,27 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from taps_hf.drafters.modeling_feature import FeatureDrafter
+from taps_hf import Eagle3Drafter, Eagle3DrafterConfig
 from taps_hf.embedded import load_embedded_tokenizer
 from taps_hf.exchange import export
 
 from ..serving.served import LENGTH, chain
-from .taught import ANSWER, taught_drafter
 
 # Not `importorskip`: where it is installed and broken, that is to be seen.
 if importlib.util.find_spec("xllamacpp") is None:
     pytest.skip("`make test-peers` installs llama.cpp", allow_module_level=True)
 
-# The tokens that the target says, and those of them that drafters score.
-SAID = torch.arange(1000, 1016)
-SCORED = SAID[torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 11, 13, 14, 15])]
+# The tokens that the target says, and those of them that drafters score: few, so that random
+# drafters are right by chance, and at other places as soon as anything is computed otherwise.
+SAID = torch.arange(1000, 1006)
+SCORED = SAID[torch.tensor([0, 1, 2, 4, 5])]
+PROMPTS, ANSWER = 60, 8
 DIALECTS: dict[str, dict[str, Any]] = {
     "original": {},
     "other layers": {"layer_ids": [5, 1, 4]},
     "norm_before_residual": {"norm_before_residual": True, "layer_ids": [3, 4, 7]},
     "norm_before_fc": {"norm_before_fc": True},
-    "wide heads": {"head_dim": 64},
+    "wide heads": {"head_dim": 64},  # of the layer
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -67,7 +69,9 @@ def target(tmp_path_factory) -> PreTrainedModel:
         torch.manual_seed(5)
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings().weight
-    head.data = torch.zeros_like(head).index_copy(0, SAID, head.detach()[SAID])
+    half = head.detach()[SAID[: len(SAID) // 2]]
+    # With every row its opposite: one of these always scores more than the 0 of all others.
+    head.data = torch.zeros_like(head).index_copy(0, SAID, torch.cat([half, -half]))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -88,21 +92,40 @@ def as_gguf(folder: Path, target: Path | None = None) -> Path:
 
 
 def _run(command: list[Any]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 
 @pytest.fixture(scope="module")
 def prompts() -> torch.Tensor:
-    return torch.randint(1000, 1016, (3, 9), generator=torch.Generator().manual_seed(7))
+    return torch.randint(1000, 1006, (PROMPTS, 9), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture(scope="module")
-def drafters(target, prompts) -> dict[str, FeatureDrafter]:
-    return {
-        name: taught_drafter(target, prompts, SCORED, **{"layer_ids": [2, 4, 5], **settings})
-        for name, settings in DIALECTS.items()
-    }
+@torch.no_grad()
+def drafters(target, prompts) -> dict[str, Eagle3Drafter]:
+    """Random ones, which hear all layers alike."""
+    states = target(prompts, output_hidden_states=True).hidden_states
+    found = {}
+    with torch.random.fork_rng():
+        for name, settings in DIALECTS.items():
+            torch.manual_seed(6)
+            flags = {k: v for k, v in settings.items() if k != "head_dim"}
+            config = Eagle3DrafterConfig.from_target(
+                target.config, **{"layer_ids": [2, 4, 5], **flags}
+            )
+            config.layer_config |= {k: v for k, v in settings.items() if k == "head_dim"}
+            config.draft_vocab_size = len(SCORED)
+            drafter = Eagle3Drafter._from_config(config, dtype=torch.float32).eval()
+            drafter.draft_token_ids.copy_(SCORED)
+            for part, weight in drafter.named_parameters():
+                if "norm" in part:  # new ones are all alike: none would be missed
+                    weight.uniform_(0.5, 1.5)
+            read = torch.cat([states[layer] for layer in drafter.config.layer_ids], dim=-1)
+            if not drafter.config.norm_before_fc:
+                drafter.fc.weight /= read.square().mean(dim=(0, 1)).sqrt()
+            found[name] = drafter
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +150,32 @@ def answers(tmp_path_factory, target, drafters, prompts) -> dict[str, list[dict[
     return dict(zip(jobs, json.loads(result.read_text())))
 
 
+def agreement(served: list[dict[str, Any]], ours: list[dict[str, Any]]) -> float:
+    """For which share of prompts as much was accepted.
+
+    Or one token fewer there: just before the end of a text llama.cpp drafts no more.
+    """
+    pairs = zip(served, ours, strict=True)
+    return sum(b["accepted"] - a["accepted"] in (0, 1) for a, b in pairs) / len(ours)
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_drafters_of_each_dialect(target, drafters, prompts, answers, dialect):
-    """Right now and then, and in llama.cpp at the same places."""
+    """Right by chance, and in llama.cpp at the same places."""
     here = chain(target, drafters[dialect], prompts.tolist(), ANSWER)
-    assert sum(answer["accepted"] for answer in here) > 50
-    for served, plain, ours in zip(answers[dialect], answers["plain"], here, strict=True):
-        case = f"{served['accepted']} of {served['drafted']} there, {ours['accepted']} here"
-        print(case)
-        assert served["tokens"] == plain["tokens"] == ours["tokens"], case
-        # A tie rounded the other way; other layers or flags make more of a difference.
-        assert abs(served["accepted"] - ours["accepted"]) <= LENGTH - 1, case
-        assert abs(served["drafted"] - ours["drafted"]) <= 3 * LENGTH, case
+    for there, plain, ours in zip(answers[dialect], answers["plain"], here, strict=True):
+        assert there["tokens"] == plain["tokens"] == ours["tokens"]
+    found = agreement(answers[dialect], here)
+    print(f"{dialect}: {found:.0%} of prompts")
+    assert found >= 0.95  # ties are rounded either way
+
+
+@pytest.mark.parametrize("third", range(3))
+def test_any_layer_that_is_missed_would_be_seen(target, drafters, prompts, third):
+    drafter = copy.deepcopy(drafters["original"])
+    width = target.config.hidden_size
+    drafter.fc.weight.data[:, third * width : (third + 1) * width] = 0.0
+    both = (chain(target, d, prompts.tolist(), ANSWER) for d in (drafter, drafters["original"]))
+    found = agreement(*both)
+    print(f"{found:.0%} of prompts")
+    assert found < 0.85

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from taps_hf import EagleDrafter
+from taps_hf import Eagle3Drafter, EagleDrafter
+from taps_hf.drafters.modeling_feature import FeatureDrafter
 from taps_hf.embedded import EMBEDDED_DRAFTERS
 from taps_hf.exchange import export
 
@@ -25,7 +27,6 @@ from ..serving.served import (
     serve,
 )
 from ..test_real import CARDS, QUESTIONS
-from .taught import ANSWER, taught_drafter
 
 pytestmark = needs_vllm
 ASKED = [
@@ -33,6 +34,7 @@ ASKED = [
     "Tom has 3 boxes with 15 pens each. He gives away 9 pens. How many pens does he have left?",
     "A train travels 60 miles an hour for 3 hours, then 40 miles an hour for 2. How far is that?",
 ]
+SMALL_ANSWER, TAUGHT = 64, 60
 SCORED = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 11, 13, 14, 15])
 # Folder: what it is exported to, vLLM's method, and the dialect.
 SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -99,6 +101,37 @@ def small_target(tmp_path_factory) -> PreTrainedModel:
     return save_small_target(tmp_path_factory.mktemp("small"))
 
 
+def taught_drafter(
+    target: PreTrainedModel, prompts: torch.Tensor, kind: str, **settings: Any
+) -> FeatureDrafter:
+    """One that has learnt by heart some of what the target answers to these prompts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        if kind == "eagle":
+            drafter = EagleDrafter.from_target(target)
+        else:
+            drafter = Eagle3Drafter.from_target(target, SCORED, **settings)
+    answers = target.generate(prompts, max_new_tokens=SMALL_ANSWER, do_sample=False)
+    with torch.no_grad():
+        states = target(answers, output_hidden_states=True).hidden_states
+        embeds = target.get_input_embeddings()(answers)[:, 1:-1]
+    layers = drafter.config.layer_ids if drafter.has_own_head else [-1]
+    features = torch.cat([states[layer] for layer in layers], dim=-1)[:, :-2]
+    wanted = answers[:, 2:]
+    if drafter.has_own_head:  # in places of the draft vocabulary; -100 is not asked for
+        places = torch.full((SMALL_VOCAB,), -100).index_copy(0, SCORED, torch.arange(len(SCORED)))
+        wanted = places[wanted]
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=0.003)
+    for _ in range(TAUGHT):
+        hidden = drafter(embeds, drafter.fuse(features)).last_hidden_state
+        head = drafter.scores if drafter.has_own_head else target.get_output_embeddings()
+        loss = F.cross_entropy(head(hidden).flatten(0, 1), wanted.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return drafter.requires_grad_(False).eval()
+
+
 def test_drafters_of_each_kind(tmp_path, small_target):
     """Right now and then, and in vLLM at the same places."""
     generator = torch.Generator().manual_seed(7)
@@ -106,16 +139,15 @@ def test_drafters_of_each_kind(tmp_path, small_target):
     job = {
         "model": small_target.config.name_or_path,
         "prompts": prompts.tolist(),
-        "new_tokens": ANSWER,
+        "new_tokens": SMALL_ANSWER,
     }
     jobs, drafters = [{**job, "speculative": None}], {}
     for name, (to, kind, settings) in SERVED.items():
-        scored = SCORED if kind == "eagle3" else None
-        drafters[name] = taught_drafter(small_target, prompts, scored, **settings)
+        drafters[name] = taught_drafter(small_target, prompts, kind, **settings)
         export(drafters[name], tmp_path / name, small_target, to)
         jobs.append({**job, "speculative": drafted_by(tmp_path / name, kind)})
     plain, *served = (result["answers"] for result in serve(tmp_path, jobs))
     for (name, drafter), answers in zip(drafters.items(), served):
-        here = chain(small_target, drafter, prompts.tolist(), ANSWER)
+        here = chain(small_target, drafter, prompts.tolist(), SMALL_ANSWER)
         assert sum(answer["accepted"] for answer in here) > 50, name
         assert_as_ours(answers, plain, here, name)

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from taps_hf.training.attention import attending_along_chains, chain_attention
+from taps_hf import EagleDrafter
+from taps_hf.training import steps
+from taps_hf.training.attention import (
+    attending_along_chains,
+    can_attend_along_chains,
+    chain_attention,
+)
 from taps_hf.training.steps import _visible, harmonised_steps
 
-from ..tiny import tiny_target
-from .objectives.test_eagle3 import drafter_for
+from ..tiny import COMMON, FAMILIES, tiny_drafters
 
 HEADS, KEY_HEADS, SIZE = 6, 2, 8
 
@@ -65,30 +72,70 @@ def test_attention_weights_are_dropped_and_the_same_ones_for_the_gradient():
     torch.testing.assert_close((gradient * value).sum(), found.sum())
 
 
-@pytest.mark.parametrize(("implementation", "first"), [("sdpa", 0), ("sdpa", 4), ("eager", 4)])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_chains_are_those_that_masks_make_at_every_slot(family, implementation, first):
-    """Of a whole drafter; `eager` is computed with masks."""
-    drafter = drafter_for(tiny_target(family)).double()
+def small_drafter(family: str) -> EagleDrafter:
+    """With a layer of its target's family, in float64."""
+    small = {**COMMON, **FAMILIES.get(family, {}), "initializer_range": 0.1}
+    config = AutoConfig.for_model(family, **small)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target = AutoModelForCausalLM.from_config(config)
+        return EagleDrafter.from_target(target).double()
+
+
+# Early 5.x versions of the last two choose their attention when they are made.
+@pytest.mark.parametrize("family", [*FAMILIES, "nemotron", "diffllama"])
+@pytest.mark.parametrize(
+    ("masks", "implementation", "first"),
+    [(False, "sdpa", 0), (False, "sdpa", 4), (True, "sdpa", 4), (True, "eager", 4)],
+)
+def test_chains_are_those_that_masks_make_at_every_slot(
+    family, masks, implementation, first, monkeypatch
+):
+    """Of a whole drafter, and its gradients."""
+    drafter = small_drafter(family)
     embeds, features = torch.randn(2, 2, 11, drafter.config.hidden_size, dtype=torch.float64)
 
-    def of(implementation: str, start: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def of(start: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What chains from `first` on compute, and gradients."""
-        drafter.trunk.config._attn_implementation = implementation
-        steps = list(harmonised_steps(drafter, embeds, features, 5, cut=False, first=start))
-        assert drafter.trunk.config._attn_implementation == implementation
-        chains = [hidden[:, first + j :] for j, hidden in enumerate(steps)]
+        every = harmonised_steps(drafter, embeds, features, 5, cut=False, first=start)
+        chains = [hidden[:, first + j :] for j, hidden in enumerate(every)]
         trained = [p for n, p in drafter.named_parameters() if n.startswith("trunk")]
         return chains, torch.autograd.grad(sum(x.square().mean() for x in chains), trained)
 
-    (steps, gradients), (slow, slow_gradients) = of(implementation, first), of("eager", 0)
-    for found, expected in [*zip(steps, slow), *zip(gradients, slow_gradients)]:
-        assert found.shape == expected.shape
-        assert (found - expected).norm() < 1e-3 * expected.norm()
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "can_attend_along_chains", lambda *_: False)
+        expected, expected_gradients = of(0)
+    if masks:
+        monkeypatch.setattr(steps, "can_attend_along_chains", lambda *_: False)
+        drafter.trunk.config._attn_implementation = implementation
+    found, gradients = of(first)
+    assert drafter.trunk.config._attn_implementation == implementation
+    for one, other in [*zip(found, expected), *zip(gradients, expected_gradients)]:
+        assert one.shape == other.shape
+        assert (one - other).norm() < 1e-4 * other.norm()  # norms compute in float32
+
+
+def test_it_is_for_attention_of_one_kind_on_cpus():
+    trunk = tiny_drafters()[0].trunk
+    assert can_attend_along_chains(trunk, torch.device("cpu"))
+    assert not can_attend_along_chains(trunk, torch.device("meta"))
+    other = copy.copy(trunk)
+    other.config = SimpleNamespace(_attn_implementation="eager")
+    assert not can_attend_along_chains(other, torch.device("cpu"))
 
 
 def test_an_error_leaves_the_trunk_as_it_was():
-    trunk = drafter_for(tiny_target("llama")).trunk
+    trunk = tiny_drafters()[0].trunk
     with pytest.raises(KeyError), attending_along_chains(trunk):
         raise KeyError
     assert trunk.config._attn_implementation == "sdpa"
+
+
+def test_another_attention_is_never_passed_over():
+    trunk = tiny_drafters()[0].trunk
+    unlike = pytest.raises(RuntimeError, match="LlamaModel does not attend as")
+    with unlike, attending_along_chains(trunk):
+        pass
+    assert trunk.config._attn_implementation == "sdpa"
+    with pytest.raises(RuntimeError, match="given a mask"):
+        chain_attention(None, *drawn(3, 2), torch.ones(3, 6, dtype=torch.bool))

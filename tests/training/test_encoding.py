@@ -63,14 +63,15 @@ def test_every_row_is_used_or_counted():
         {"input_ids": [4, 5, 6, 7], "answer_start": 2, "messages": SAID},
         {"input_ids": [4, 5], "answer_start": 2},
         {"input_ids": [4, 99], "answer_start": 1},
+        {"input_ids": [4, 5], "answer_start": 1},
     ]
     rows = [SourceRow(row, "f", number) for number, row in enumerate(fields, start=1)]
     report = DataReport()
     examples = encode_rows(tokenizer, rows, 100, report, [2])
     assert report.used == len(examples) == 2
     assert answers(examples[1]) == [6, 7]
-    assert sum(report.problems.values()) == 4
-    assert set(report.first.values()) == {"f:2", "f:3", "f:5", "f:6"}
+    assert sum(report.problems.values()) == 5
+    assert set(report.first.values()) == {"f:2", "f:3", "f:5", "f:6", "f:7"}
 
 
 def test_long_rows_are_cut_and_counted():

@@ -8,6 +8,7 @@ from taps_hf import ChainTree, EagleDrafter, TreeShape
 from taps_hf.drafters.base import DraftRequest
 from taps_hf.drafters.configuration_eagle import BACKBONES
 from taps_hf.target import LAST
+from taps_hf.training import steps as steps_module
 from taps_hf.training.features import features_of
 from taps_hf.training.objectives import (
     Eagle,
@@ -60,9 +61,9 @@ def drafted(target, drafter, ids, root: int, depth: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa with masks", "eager"])
 @torch.no_grad()
-def test_step_j_computes_what_drafting_j_deep_computes(family, attention):
+def test_step_j_computes_what_drafting_j_deep_computes(family, attention, monkeypatch):
     target = tiny_target(family)
     drafter = tiny_drafters(1, family)[0]
     if attention == "eager":
@@ -70,6 +71,8 @@ def test_step_j_computes_what_drafting_j_deep_computes(family, attention):
         eager = EagleDrafter._from_config(config, attn_implementation="eager")
         eager.load_state_dict(drafter.state_dict())
         drafter = eager.eval()
+    if attention == "sdpa with masks":  # as GPUs do it
+        monkeypatch.setattr(steps_module, "can_attend_along_chains", lambda *_: False)
     depth = 4
     batch = torch.cat([prompt(14, seed=1), prompt(14, seed=2)])
     steps = list(harmonised_steps(drafter, *slots_of(target, batch), depth))
