@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from taps_hf import Eagle3Drafter, Eagle3DrafterConfig
 from taps_hf.embedded import load_embedded_tokenizer
 from taps_hf.exchange import export
 
-from ..serving.served import LENGTH, chain
+from ..serving.served import LENGTH, chain, small_config
 
 # Not `importorskip`: where it is installed and broken, that is to be seen.
 if importlib.util.find_spec("xllamacpp") is None:
@@ -51,16 +51,9 @@ def target(tmp_path_factory) -> PreTrainedModel:
     """A small random Llama with a tokenizer that llama.cpp knows, though it says few tokens."""
     folder = tmp_path_factory.mktemp("target")
     tokenizer = load_embedded_tokenizer()
-    config = AutoConfig.for_model(
-        "llama",
+    config = small_config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=8,
-        num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.3,
         rope_parameters=LLAMA3_ROPE,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

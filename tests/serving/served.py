@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from taps_hf import (
     ChainTree,
@@ -72,25 +78,29 @@ def encoded(folder: Path, questions: list[str]) -> list[list[int]]:
     return [encode(tokenizer, question)["input_ids"][0].tolist() for question in questions]
 
 
+def small_config(**changes: Any) -> PretrainedConfig:
+    """Of a Llama with heads as narrow as vLLM has kernels for, and few tokens to guess."""
+    fields = {
+        "vocab_size": SMALL_VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+    }
+    return AutoConfig.for_model("llama", **{**fields, **changes})
+
+
 def save_small_target(folder: Path) -> PreTrainedModel:
-    """A random Llama with heads as narrow as vLLM has kernels for, and few tokens to guess."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=SMALL_VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
+    """A random one of that configuration."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(small_config()).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     return model
