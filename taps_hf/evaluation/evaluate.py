@@ -121,8 +121,9 @@ class _Run:
     ) -> None:
         self.options, self.target, self.drafters = options, target, drafters
         self.variants, self.weights = variants, weights
-        self.keys = {variant.key(weights) for variant in variants}
-        self.oracles: set[str] = set()  # keys of the oracle, at each temperature
+        # By name and key, as the same weights may be asked for under two names.
+        self.known_as = {(variant.name, variant.key(weights)) for variant in variants}
+        self.oracles: set[tuple[str, str]] = set()  # the oracle at each temperature
         self.replayed = Measurements(options.out / "replay.jsonl")
         self.lively = Measurements(options.out / "live.jsonl")
         self.asked: set[str] = set()  # the files may hold more, of other questions
@@ -139,7 +140,7 @@ class _Run:
         drafter = Oracle(temperature)
         weights = {ORACLE: drafter.digest()}
         variant = oracle_variant(ORACLE, DynamicTree(*self.options.tree))
-        self.oracles.add(variant.key(weights))
+        self.oracles.add((variant.name, variant.key(weights)))
         self._replay(answers, 1, "oracle", {ORACLE: drafter}, [variant], weights)
 
     def _replay(
@@ -153,11 +154,11 @@ class _Run:
     ) -> None:
         with tqdm(total=len(answers), unit="answer", desc=said) as progress:
             for group in answers.groups(side_by_side):
-                pending = [
-                    variant
-                    for variant in variants
-                    if not all(self.replayed.get(kept.key, variant.key(weights)) for kept in group)
-                ]
+                pending = []
+                for variant in variants:
+                    known_as = variant.name, variant.key(weights)
+                    if not all(self.replayed.get(kept.key, *known_as) for kept in group):
+                        pending.append(variant)
                 if not pending:
                     progress.update(len(group))
                     continue
@@ -172,7 +173,7 @@ class _Run:
         warm = False
         with tqdm(answers, unit="answer", desc="live") as progress:
             for number, kept in enumerate(progress):
-                if all(self.lively.get(kept.key, key) for key in self.keys):
+                if all(self.lively.get(kept.key, *known_as) for known_as in self.known_as):
                     continue
                 if not warm:  # first runs cost more than later ones
                     run_live(kept, *models, replace(settled, max_new_tokens=4))
@@ -181,8 +182,12 @@ class _Run:
 
     def measured(self, measurements: Measurements) -> tables.Measured:
         """What was measured of this run's records and variants, now or earlier."""
-        keys = self.keys | self.oracles
-        rows = [r for r in measurements if r.record in self.asked and r.variant_key in keys]
+        known_as = self.known_as | self.oracles
+        rows = [
+            row
+            for row in measurements
+            if row.record in self.asked and (row.variant, row.variant_key) in known_as
+        ]
         names, temperatures = self.options.benchmark_names, self.options.temperatures
         top = oracle_variant(ORACLE, DynamicTree(*self.options.tree)) if self.oracles else None
         return tables.Measured(rows, self.variants, names, temperatures, top)

@@ -165,19 +165,23 @@ class Measurements:
                     ) from None
                 whole += len(line)
         cut_off(file, whole, lambda line: starts_like(line, b'{"record": '))
-        self._known = {(row.record, row.variant_key): row for row in self.rows}
+        self._known = {_names(row): row for row in self.rows}
 
     def __iter__(self) -> Iterator[Cycles]:
         return iter(self.rows)
 
-    def get(self, record: str, variant_key: str) -> Cycles | None:
-        """What was measured of this, if it was."""
-        return self._known.get((record, variant_key))
+    def get(self, record: str, variant: str, variant_key: str) -> Cycles | None:
+        """What was measured of this, if it was: of the same weights under another name nothing."""
+        return self._known.get((record, variant, variant_key))
 
     def add(self, rows: Iterable[Cycles]) -> None:
         """Take rows in and write them down, but for what is known."""
-        rows = [row for row in rows if (row.record, row.variant_key) not in self._known]
+        rows = [row for row in rows if _names(row) not in self._known]
         with self.file.open("a") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
         self.rows += rows
-        self._known |= {(row.record, row.variant_key): row for row in rows}
+        self._known |= {_names(row): row for row in rows}
+
+
+def _names(row: Cycles) -> tuple[str, str, str]:
+    return row.record, row.variant, row.variant_key

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from .measurements import Cycles
 
 Figure = Callable[[Sequence[Cycles]], float]
+_Question = tuple[str, float]  # by name, and the temperature at which it was answered
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def bootstrap(
     """A figure with its interval: percentiles over resampled questions, the same at every call."""
     groups = _by_question(rows)
 
-    def of(keys: Sequence[str]) -> float:
+    def of(keys: Sequence[_Question]) -> float:
         return figure([row for key in keys for row in groups[key]])
 
     return _percentiles(of, sorted(groups), level, resamples)
@@ -177,23 +178,26 @@ def _paired(
             "only, expected the same questions."
         )
 
-    def of(keys: Sequence[str]) -> float:
+    def of(keys: Sequence[_Question]) -> float:
         return compare(*([row for key in keys for row in found[key]] for found in (ours, theirs)))
 
     return _percentiles(of, sorted(ours), level, resamples)
 
 
-def _by_question(rows: Sequence[Cycles]) -> dict[str, list[Cycles]]:
-    """All turns of a question together."""
-    groups: dict[str, list[Cycles]] = defaultdict(list)
+def _by_question(rows: Sequence[Cycles]) -> dict[_Question, list[Cycles]]:
+    """All turns of a question together, at each temperature."""
+    groups: dict[_Question, list[Cycles]] = defaultdict(list)
     for row in rows:
-        benchmark, question, _, temperature = row.record.rsplit("/", 3)
-        groups[f"{benchmark}/{question}/{temperature}"].append(row)
+        question, _, _ = row.record.rsplit("/", 2)  # see `Record.key`: the turn, and which text
+        groups[question, row.temperature].append(row)
     return groups
 
 
 def _percentiles(
-    figure: Callable[[Sequence[str]], float], keys: Sequence[str], level: float, resamples: int
+    figure: Callable[[Sequence[_Question]], float],
+    keys: Sequence[_Question],
+    level: float,
+    resamples: int,
 ) -> Estimate:
     rng = random.Random(0)
     found = sorted(figure(rng.choices(keys, k=len(keys))) for _ in range(resamples))

@@ -136,6 +136,22 @@ def test_what_is_added_does_not_pass_for_what_was_there(folder, tmp_path):
     assert found["sums"] != two["sums"]
 
 
+def test_the_same_weights_under_another_name_are_in_the_tables(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "results"
+
+    def shown(*more) -> dict[str, dict]:
+        assert main(arguments(folder, out, *more)) == 0
+        results = json.loads((out / "results.json").read_text())["acceptance-t0"]
+        return {row["variant"]: row for row in results}
+
+    average = ["--average", "math", "chat", "--lambdas"]
+    assert {"averaged 0", "averaged 1"} & set(shown(*average, "0.5")) == set()
+    found = shown(*average, "0", "0.5", "1", "--drafter", f"again={folder / 'math'}")
+    assert found["averaged 1"]["sums"] == found["math"]["sums"] == found["again"]["sums"]
+    assert found["averaged 0"]["sums"] == found["chat"]["sums"]
+
+
 def test_shares_of_the_oracle(folder, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "results"

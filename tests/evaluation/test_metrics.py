@@ -4,15 +4,28 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from taps_hf import CycleTrace, DraftTrace, EmittedToken
 from taps_hf.evaluation import metrics
 from taps_hf.evaluation.measurements import Cycles, Measurements
+from taps_hf.evaluation.records import Record
 
 ROOT = Path(__file__).parents[2]
 
 
-def cycles(accepted, tokens=None, record="a/1/0/t0", variant="v", **more) -> Cycles:
+def key(benchmark="a", question=1, turn=0) -> str:
+    """Of an answer; each has a text of its own."""
+    tokens = torch.tensor([question, turn])
+    nothing = torch.zeros(0)
+    found = Record(benchmark, str(question), "", turn, 0.0, tokens, 1, 2, nothing, nothing)
+    return found.key
+
+
+FIRST = key()
+
+
+def cycles(accepted, tokens=None, record=FIRST, variant="v", **more) -> Cycles:
     """An answer whose last cycle ended with a token of the target's, unless `tokens` says other."""
     nothing = [None] * len(accepted)
     columns = {
@@ -30,7 +43,7 @@ def cycles(accepted, tokens=None, record="a/1/0/t0", variant="v", **more) -> Cyc
     return Cycles(record, variant, variant, benchmark, "", 0.0, tokens, list(accepted), **columns)
 
 
-ROWS = [cycles([2, 0, 1]), cycles([3], 3, record="a/2/0/t0"), cycles([0, 0], record="b/1/0/t0")]
+ROWS = [cycles([2, 0, 1]), cycles([3], 3, record=key("a", 2)), cycles([0, 0], record=key("b", 1))]
 
 
 def test_means_by_hand():
@@ -87,11 +100,22 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
             level = rng.choice([0, 1, 2, 3])
             for turn in range(2):
                 accepted = [level] * 10
-                rows.append(cycles(accepted, record=f"a/{question}/{turn}/t0"))
+                rows.append(cycles(accepted, record=key("a", question, turn)))
         found = metrics.bootstrap(metrics.accepted_length, rows, resamples=200)
         assert found.value == metrics.accepted_length(rows)
         covered += found.low <= 1.5 <= found.high
     assert 50 <= covered <= 60
+
+
+def test_turns_of_a_question_are_drawn_together():
+    """The interval is as wide as that of the questions' first turns alone, not of twice as many."""
+    rng = random.Random(4)
+    levels = [rng.randrange(8) for _ in range(40)]
+    both = [cycles([n] * 5, record=key("a", q, t)) for q, n in enumerate(levels) for t in range(2)]
+    first = both[::2]
+    expected = metrics.bootstrap(metrics.tau, first)
+    found = metrics.bootstrap(metrics.tau, both)
+    assert (found.value, found.low, found.high) == (expected.value, expected.low, expected.high)
 
 
 def test_differences_are_paired():
@@ -101,7 +125,7 @@ def test_differences_are_paired():
     for question in range(30):
         for turn in range(2):
             accepted = [rng.randrange(12)] * 10
-            record = f"a/{question}/{turn}/t0"
+            record = key("a", question, turn)
             worse.append(cycles(accepted, record=record))
             better.append(cycles([n + 1 for n in accepted], record=record))
     rng.shuffle(better)
@@ -121,7 +145,7 @@ def test_shares_are_paired():
     whole, half = [], []
     for question in range(30):
         accepted = [2 * rng.randrange(6) + 1] * 10
-        record = f"a/{question}/0/t0"
+        record = key("a", question)
         whole.append(cycles(accepted, record=record))
         half.append(cycles([(n + 1) // 2 - 1 for n in accepted for _ in range(2)], record=record))
     found = metrics.share(metrics.tau, half, whole)
@@ -138,8 +162,9 @@ def test_measurements_survive_a_torn_line(tmp_path):
         torn.write('{"record": "a/3')
     again = Measurements(file)
     assert again.rows == ROWS[:2]
-    assert again.get("a/1/0/t0", "v") == ROWS[0]
-    assert again.get("b/1/0/t0", "v") is None
+    assert again.get(key(), "v", "v") == ROWS[0]
+    assert again.get(key(), "w", "v") is None  # the same weights under another name
+    assert again.get(key("b", 1), "v", "v") is None
     again.add(ROWS)  # what is known is not taken twice
     assert Measurements(file).rows == ROWS
 
