@@ -75,7 +75,7 @@ scores {scored:,} of the target's {config.vocab_size:,} tokens, and looks back o
 ## Training
 
 {record["examples"]:,} examples with {record["answer_tokens"]:,} tokens of answers; another
-{options["held_out"]:.0%} of the rows was held out. All options that are not the defaults of
+{100 * options["held_out"]:g} % of the rows was held out. All options that are not the defaults of
 `taps-hf train` (kept in a file they are its `--recipe`):
 
 ```yaml

@@ -24,7 +24,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         parameters: of the drafter, with their names.
         lr: learning rate.
-        weight_decay: decoupled, of the matrices.
+        weight_decay: decoupled, of Muon's matrices.
         beta2: of AdamW.
 
     Raises:

@@ -107,7 +107,7 @@ class TrainOptions:
     learning_rate: float = _option(3e-5, "highest, after the warm-up")
     schedule: str = _option("linear", "any of transformers' learning rate schedules")
     warmup: float = _option(0.05, "share of the steps")
-    weight_decay: float = _option(0.0, "of the matrices, decoupled")
+    weight_decay: float = _option(0.0, "of the matrices (of muon's, with muon), decoupled")
     beta2: float = _option(0.95, "of AdamW")
     clip: float = _option(0.5, "norm that gradients are clipped to")
     evaluations: int = _option(10, "evaluations and checkpoints in the whole run")

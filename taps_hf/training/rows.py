@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import DataReport, DataSource, SourceRow, digest_of, read_mixture
+from .conversations import DataReport, DataSource, SourceRow, read_mixture
 from .encoding import Example, encode_rows
 from .options import TrainOptions
 
@@ -33,10 +34,6 @@ class TrainingRows:
             self.by_source[name] = read_mixture(
                 [DataSource(source.name)], DataReport(), options.seed
             )
-
-    def digest(self) -> str:
-        """Of what all rows say."""
-        return digest_of(chain(self.mixture, *self.by_source.values()))
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, ends: set[int]
@@ -65,6 +62,15 @@ class TrainingRows:
                 "expected more data, or another `held_out`."
             )
         return training, held_out, self.report
+
+
+def digest_of_examples(examples: Iterable[Example]) -> str:
+    """16 hexadecimal digits of the SHA-256 over all tokens and marks, in their order."""
+    found = hashlib.sha256()
+    for example in examples:
+        both = torch.tensor([example.input_ids, example.is_answer], dtype=torch.int64)
+        found.update(both.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def is_held_out(example: Example, share: float) -> bool:

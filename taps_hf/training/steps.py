@@ -6,7 +6,7 @@ target's head scores token t + 2. It is *scored* where token t + 2 belongs to an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -116,23 +116,27 @@ def scored_slots(labels: torch.Tensor, steps: int) -> list[torch.Tensor]:
     return scored
 
 
-def accepted_chains(hits: list[torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
+def accepted_chains(
+    hits: Sequence[torch.Tensor], scored: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What chains of drafts would have had accepted, had one started at every scored slot.
 
     Args:
         hits: for each depth j, (batch, slots) bool: whether the token drafted by step j at a slot
             is the true one.
-        scored: (batch, slots) bool: slots a chain can start from.
+        scored: as [`scored_slots`] gives them, for as many depths.
 
     Returns:
-        (batch, 1 + depths) float32: chains, and of these those accepted to depth 1, 2, ... or
-        deeper. The sum of the latter over the former is the accepted length.
+        (batch, depths) float32 each: of the chains accepted to depth j - 1 those whose answer has a
+        token j (of depth 1 all chains), and those accepted to depth j. The sum of the latter over
+        all chains is the accepted length.
     """
-    counts = [scored.sum(dim=1)]
-    alive = scored
-    for hit in hits:
+    could, were = [], []
+    alive = scored[0]
+    for hit, within in zip(hits, scored):
         # A chain that started at slot p is at slot p + j - 1 at step j.
-        alive = alive & hit
-        counts.append(alive.sum(dim=1))
+        could.append((alive & within).sum(dim=1))
+        alive = alive & hit & within
+        were.append(alive.sum(dim=1))
         alive = F.pad(alive[:, :-1], (1, 0), value=False)
-    return torch.stack(counts, dim=1).float()
+    return torch.stack(could, dim=1).float(), torch.stack(were, dim=1).float()

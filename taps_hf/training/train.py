@@ -26,7 +26,7 @@ from .muon import MuonWithAdamW
 from .objectives import DraftObjective, Eagle3, FrozenTarget, get_objective
 from .options import TrainOptions
 from .regenerate import end_of_turn_ids
-from .rows import TrainingRows
+from .rows import TrainingRows, digest_of_examples
 from .start import balance_inputs, balance_layers, copy_head, fit_projection
 from .trainer import DrafterTrainer, ExampleDataset, coverage
 
@@ -62,14 +62,15 @@ def _run(
 ) -> dict[str, float]:
     """[`train`], once nothing speaks against `out`."""
     work = Path(arguments.output_dir)
-    with arguments.main_process_first(local=False, desc="options"):
-        _remember(options, arguments.world_size, rows.digest(), work)
     say = print if arguments.process_index == 0 else _silent
     dtype, device = getattr(torch, options.dtype), str(arguments.device)
     target, tokenizer = load_target(options.target, dtype, device, options.chat_template)
     check_frozen_target(target)
     examples, held_out, report = rows.encode(tokenizer, end_of_turn_ids(target, tokenizer))
     say(report)
+    asked = _asked(options, arguments.world_size, examples, held_out)
+    with arguments.main_process_first(local=False, desc="options"):
+        _check_begun_with(asked, work)
     drafter = drafter_to_train(options, target, tokenizer, examples)
     objective = get_objective(options.objective)(
         drafter, FrozenTarget(target, drafter), options.objective_options(), options.eval_depth
@@ -86,6 +87,8 @@ def _run(
         options, arguments, objective.to(arguments.device), examples, held_out, stores
     )
     say(f"{len(examples)} examples, {_scored(examples)} tokens of answers; checkpoints in {work}")
+    if arguments.process_index == 0:  # now that nothing is left to refuse
+        write_json(work / OPTIONS, asked)
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
     measured: dict[str, float] = {}
     for name, dataset in trainer.eval_dataset.items():
@@ -248,24 +251,33 @@ def _interval(options: TrainOptions, arguments: TrainingArguments, examples: int
     return max(1, steps // options.evaluations)
 
 
-def _remember(options: TrainOptions, processes: int, data: str, work: Path) -> None:
-    """Keep the options with the checkpoints; refuse to go on with others.
+def _asked(
+    options: TrainOptions,
+    processes: int,
+    examples: Sequence[Example],
+    held_out: Mapping[str, Sequence[Example]],
+) -> dict[str, object]:
+    """What must be the same when a run goes on."""
+    asked = asdict(options)
+    for name in ("threads", "license", "out"):  # `out` says where this lies, in whatever spelling
+        del asked[name]
+    # As the target's tokenizer and template read them, which may change as rows may.
+    rows = digest_of_examples(chain(examples, *held_out.values()))
+    return {**asked, "processes": processes, "rows": rows}
+
+
+def _check_begun_with(asked: Mapping[str, object], work: Path) -> None:
+    """Refuse to go on with other options or rows than a run's that has left checkpoints.
 
     Raises:
-        ValueError: if the folder holds checkpoints of a run with other options.
+        ValueError: if that is asked for.
     """
-    file = work / OPTIONS
-    asked = asdict(options)
-    for name in ("threads", "license"):  # may differ from run to run
-        del asked[name]
-    asked |= {"processes": processes, "rows": data}
-    if file.exists():
-        begun = read_json(file, "the options of an earlier run")
-        changed = {k: (begun.get(k), v) for k, v in asked.items() if begun.get(k) != v}
-        if changed:
-            raise ValueError(
-                f"{work} was begun with other options, (then, now): {changed}; expected the same, "
-                "or another `out`."
-            )
-    else:
-        write_json(file, asked)
+    if last_checkpoint(work) is None:
+        return
+    begun = read_json(work / OPTIONS, "the options of an earlier run")
+    changed = {k: (begun.get(k), v) for k, v in asked.items() if begun.get(k) != v}
+    if changed:
+        raise ValueError(
+            f"{work} was begun with other options, (then, now): {changed}; expected the same, "
+            "or another `out`."
+        )

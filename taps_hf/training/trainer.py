@@ -143,16 +143,17 @@ def measures_of(prediction: EvalPrediction) -> dict[str, float]:
 
     Returns:
         `top_1`: how often the first token was right; `deep_acceptance`: how often the last one was
-        of the drafts that were right until there (far below top-1 where predicted features are
-        poor); `accepted_length`; and of how many `chains`.
+        of the drafts that were right until there, where the answer went on (far below top-1 where
+        predicted features are poor); `accepted_length`, for which what an answer does not have is
+        not accepted; and of how many `chains`.
     """
-    counts = torch.as_tensor(prediction.predictions).double().sum(dim=0)
-    chains = max(counts[0].item(), 1.0)
+    could, were = torch.as_tensor(prediction.predictions).double().sum(dim=0).unbind(dim=1)
+    chains = could[0].item()
     return {
-        "top_1": counts[1].item() / chains,
-        "deep_acceptance": counts[-1].item() / max(counts[-2].item(), 1.0),
-        "accepted_length": counts[1:].sum().item() / chains,
-        "chains": counts[0].item(),
+        "top_1": were[0].item() / max(chains, 1.0),
+        "deep_acceptance": were[-1].item() / max(could[-1].item(), 1.0),
+        "accepted_length": were.sum().item() / max(chains, 1.0),
+        "chains": chains,
     }
 
 

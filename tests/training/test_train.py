@@ -489,9 +489,29 @@ def test_a_chat_template_can_be_given(options, folder, tmp_path):
     train(replace(options, chat_template=str(template), out=str(tmp_path / "b")))
 
 
-def test_runs_that_do_not_fit_are_refused(options, monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
-    with pytest.raises(ValueError, match=r"takes about 0\.\d GB .* smaller `batch_size`"):
+def test_a_template_that_changed_is_another_run(options, tmp_path):
+    """It may print the date: other rows would be held out, and these are trained on already."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ 't5 ' }}" + CHATML)
+    options = replace(options, chat_template=str(template), max_steps=2)
+    train(options)
+    template.write_text("{{ 't6 ' }}" + CHATML)
+    with pytest.raises(ValueError, match=r"begun with other options.*rows"):
+        train(options)
+
+
+def test_runs_that_do_not_fit_are_refused_and_what_is_changed_then_is_not(options, monkeypatch):
+    options = replace(options, max_steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
+        with pytest.raises(ValueError, match=r"takes about 0\.\d GB .* smaller `batch_size`"):
+            train(options)
+    with pytest.raises(ValueError, match="none is held out"):
+        train(replace(options, held_out=1e-6))
+    train(replace(options, batch_size=1))
+    # The same folder, however it is written; and options of a run that has been begun stay.
+    train(replace(options, batch_size=1, out=options.out + "/"))
+    with pytest.raises(ValueError, match=r"begun with other options.*batch_size"):
         train(options)
 
 

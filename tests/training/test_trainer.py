@@ -71,11 +71,12 @@ def test_every_example_once_an_epoch_near_others_of_its_length():
 
 
 def test_measures_are_means_over_all_chains():
-    counts = np.array([[10.0, 6.0, 3.0], [30.0, 10.0, 1.0]])
+    # Of two rows at two depths: chains that could go on, and did.
+    counts = np.array([[[10.0, 6.0], [5.0, 3.0]], [[30.0, 10.0], [3.0, 1.0]]])
     found = measures_of(EvalPrediction(counts, counts))
     assert found == {
         "top_1": 16 / 40,
-        "deep_acceptance": 4 / 16,
+        "deep_acceptance": 4 / 8,
         "accepted_length": 20 / 40,
         "chains": 40,
     }

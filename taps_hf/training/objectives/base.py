@@ -227,7 +227,7 @@ class DraftObjective(nn.Module, ABC):
 
         Returns:
             `loss`, and in training the sums of each loss over slots and weighted steps, detached,
-            in evaluation `counts` (see [`accepted_chains`]).
+            in evaluation `counts`, (batch, depths, 2): both of [`accepted_chains`].
         """
         depth = self.options.steps if self.training else self.evaluation_depth
         batch = self._batch(input_ids, labels, features, slots, depth)
@@ -312,12 +312,13 @@ class DraftObjective(nn.Module, ABC):
                 best = self.drafter.draft_token_ids[best]
             hit = torch.zeros_like(batch.scored[0])
             hit.view(-1)[batch.slots] = best == batch.tokens
-            hits.append(hit & batch.scored[step])
+            hits.append(hit)
             if step == 0:
                 counted = torch.ones_like(batch.slots, dtype=torch.bool)
                 loss = self._weighted(self.losses(batch.wanted)(predicted, counted))
-        counts = accepted_chains(hits, batch.scored[0])
-        return {"loss": loss / counts[:, 0].sum().clamp(min=1), "counts": counts}
+        could, were = accepted_chains(hits, batch.scored)
+        counts = torch.stack([could, were], dim=2)
+        return {"loss": loss / could[:, 0].sum().clamp(min=1), "counts": counts}
 
 
 _REGISTRY: dict[str, type[DraftObjective]] = {}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import EvalPrediction
 
 from taps_hf import ChainTree, EagleDrafter, TreeShape
 from taps_hf.drafters.base import DraftRequest
@@ -22,6 +23,7 @@ from taps_hf.training.objectives import (
 )
 from taps_hf.training.options import TrainOptions
 from taps_hf.training.steps import IGNORED, accepted_chains, harmonised_steps, scored_slots
+from taps_hf.training.trainer import measures_of
 
 from ...tiny import FAMILIES, prompt, tiny_drafters, tiny_target
 
@@ -200,19 +202,34 @@ def test_replayed_chains_are_counted_as_one_by_one():
     generator = torch.Generator().manual_seed(0)
     labels = torch.where(torch.rand(3, 30, generator=generator) < 0.85, 1, IGNORED)
     scored = scored_slots(labels, 4)
-    hits = [x & (torch.rand(x.shape, generator=generator) < 0.7) for x in scored]
-    expected = [0] * 5
+    hits = [torch.rand(x.shape, generator=generator) < 0.7 for x in scored]
+    could, were = [0] * 4, [0] * 4
     for row in range(3):
         for start in range(28):
-            if scored[0][row, start]:
-                expected[0] += 1
-                for j in range(4):
-                    if start + j >= 28 or not hits[j][row, start + j]:
-                        break
-                    expected[j + 1] += 1
-    found = accepted_chains(hits, scored[0])
-    assert found.shape == (3, 5)
-    assert found.sum(dim=0).tolist() == expected
+            for j in range(4):
+                if (labels[row, start + 2 : start + j + 3] == IGNORED).any() or start + j >= 28:
+                    break  # the answer has no more
+                could[j] += 1
+                if not hits[j][row, start + j]:
+                    break
+                were[j] += 1
+    found = accepted_chains(hits, scored)
+    assert [counts.shape for counts in found] == [(3, 4), (3, 4)]
+    assert [counts.sum(dim=0).tolist() for counts in found] == [could, were]
+
+
+def test_what_an_answer_does_not_have_is_no_mistake():
+    labels = torch.tensor([[IGNORED] * 3 + [5] * 6])
+    scored = scored_slots(labels, 5)
+    counts = torch.stack(accepted_chains([torch.ones_like(x) for x in scored], scored), dim=2)
+    found = measures_of(EvalPrediction(counts, counts))
+    # Chains from the answer's six tokens, of which four have fewer than five before them.
+    assert found == {
+        "top_1": 1.0,
+        "deep_acceptance": 1.0,
+        "accepted_length": pytest.approx((5 + 5 + 4 + 3 + 2 + 1) / 6),
+        "chains": 6.0,
+    }
 
 
 @torch.no_grad()
@@ -227,17 +244,17 @@ def test_evaluation_counts_what_drafting_would_have_had_accepted():
     objective = Eagle(
         drafter, FrozenTarget(target, drafter), ObjectiveOptions(), evaluation_depth=depth
     ).eval()
-    counts = objective(ids, labels)["counts"][0].tolist()
+    could, were = objective(ids, labels)["counts"][0].T.tolist()
     head = target.get_output_embeddings()
-    expected = [0] * (depth + 1)
+    expected = [[0] * depth, [0] * depth]
     for root in range(1, ids.shape[1] - 2):
-        expected[0] += 1
         reach = min(depth, ids.shape[1] - 2 - root)
         for j, hidden in enumerate(drafted(target, drafter, ids, root, reach)):
+            expected[0][j] += 1
             if head(hidden).argmax() != ids[0, root + 2 + j]:
                 break
-            expected[j + 1] += 1
-    assert counts == expected
+            expected[1][j] += 1
+    assert [could, were] == expected
 
 
 @pytest.mark.parametrize(
