@@ -218,12 +218,16 @@ def crop_to_shared(cache: DynamicCache, covered: torch.Tensor, text: torch.Tenso
     """Drop what a cache holds beyond what a new text begins with: it can then go on from there.
 
     A chat template seldom turns an answer back into the very tokens that were emitted. At least the
-    text's last token is left to be run.
+    text's last token is left to be run. Layers with sliding windows have forgotten what they would
+    have to go back to once the text is longer than those: transformers then refuses to crop.
 
     Args:
         cache: as it was returned, of sequences `covered`.
         covered: (1, n) int64: whose states it holds, as far as it goes.
         text: (1, m) int64: what the next turn begins with.
+
+    Raises:
+        RuntimeError: of transformers, where a layer with a sliding window cannot be cropped.
     """
     length = min(covered.shape[1], text.shape[1])
     differs = (covered[0, :length] != text[0, :length].to(covered.device)).nonzero()

@@ -111,15 +111,20 @@ def _bind_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     config, tokenizer = kwargs.get("generation_config"), kwargs.get("tokenizer")
     of_config = getattr(config, "stop_strings", None)
     of_model = model.generation_config.stop_strings
-    stop_strings = kwargs.get("stop_strings") or of_config or of_model
-    if not stop_strings or tokenizer is None:  # without a tokenizer generate itself complains
+    of_both = of_model if of_config is None else of_config
+    # A keyword argument has the last word over configurations, None too.
+    stop_strings = kwargs.get("stop_strings", of_both)
+    if stop_strings is None or tokenizer is None:  # without a tokenizer generate itself complains
         return kwargs
-    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
-    criteria.extend(kwargs.get("stopping_criteria") or [])
+    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    # A criterion that was given takes the place of the one of its kind that generate would make.
+    if not any(isinstance(criterion, StopStringCriteria) for criterion in criteria):
+        criteria.insert(0, StopStringCriteria(tokenizer, stop_strings))
     kwargs = {**kwargs, "stopping_criteria": criteria}
-    if of_config:
+    if of_config is not None:
         kwargs["generation_config"] = copy.deepcopy(config)
         kwargs["generation_config"].stop_strings = None
-    if kwargs.get("stop_strings") or of_model:
-        kwargs["stop_strings"] = None  # a keyword argument has the last word over configurations
+    # Not needed, generate would warn of an argument beside a configuration.
+    if "stop_strings" in kwargs or of_model is not None:
+        kwargs["stop_strings"] = None
     return kwargs

@@ -130,17 +130,19 @@ def check_forward(model: PreTrainedModel) -> None:
     """Check that the model's `forward` can be run with a recorder in it.
 
     Raises:
-        ValueError: if it names no `position_ids`, or is a function set on the object that is not
-            bound to it: that would run the object's own modules, whatever it is called on.
+        ValueError: if it names no `position_ids` or no cache, or is a function set on the object
+            that is not bound to it: that would run the object's own modules, whatever it is called
+            on.
     """
     kind = type(model).__name__
     parameters = inspect.signature(type(model).forward).parameters
-    if "position_ids" not in parameters:
-        taking = ", ".join(str(parameter) for parameter in list(parameters.values())[1:])
-        raise ValueError(
-            f"The target's forward ({kind}) names no `position_ids`, which nodes of a tree need: "
-            f"it takes ({taking}). Expected it among the named parameters."
-        )
+    for name in ("position_ids", CACHE):
+        if name not in parameters:
+            taking = ", ".join(str(parameter) for parameter in list(parameters.values())[1:])
+            raise ValueError(
+                f"The target's forward ({kind}) names no `{name}`, which nodes of a tree need: it "
+                f"takes ({taking}). Expected it among the named parameters."
+            )
     forward = vars(model).get("forward")
     if forward is None or _dispatched(model):
         return
@@ -308,10 +310,11 @@ class TargetSession:
             **inputs, **{CACHE: self._cache.cache}, use_cache=True, return_dict=True
         )
         states, self._recorder.states = self._recorder.states, {}
-        if LAST not in states:
+        if not set(self._layers) <= states.keys():
             raise ValueError(
-                f"The `forward` set on the target ({type(self.model).__name__}) did not run the "
-                "modules of its `self`; expected it to use those, not those of a fixed object."
+                f"The `forward` of the target ({type(self.model).__name__}) did not run the "
+                "modules of its `self` whose states drafters read; expected it to use its "
+                "`base_model`, not a part of that nor a fixed object, or drafters that read none."
             )
         return output.logits[0], {layer: states[layer][0] for layer in self._layers}
 

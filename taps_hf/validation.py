@@ -58,7 +58,9 @@ def named_drafters(
         for i, drafter in enumerate(assistant_models):
             path = str(getattr(drafter, "name_or_path", "")).rstrip("/")
             name = path.rpartition("/")[2] or f"drafter {i}"
-            named[f"{name} ({i})" if name in named else name] = drafter
+            while name in named:
+                name = f"{name} ({i})"
+            named[name] = drafter
     else:
         named = {"assistant_models": assistant_models}
     named = {name: _as_drafter(drafter) for name, drafter in named.items()}
@@ -171,8 +173,18 @@ def check_target(model: PreTrainedModel) -> None:
             f"The target ({kind}) has layers of type {found}; expected "
             f"{' and '.join(sorted(_LAYER_TYPES))} only."
         )
-    if getattr(config, "use_bidirectional_attention", None):
+    both_ways = any(
+        vars(module).get(name) is False
+        for module in model.base_model.modules()
+        for name in ("is_causal", "is_decoder")  # whichever the family has; BERT's need be told
+    )
+    if both_ways or getattr(config, "use_bidirectional_attention", None):
         raise ValueError(f"The target ({kind}) attends both ways, expected a causal model.")
+    if model.get_input_embeddings().weight.device.type == "meta":
+        raise ValueError(
+            f"The target's embedding ({kind}) is offloaded; expected a `device_map` that keeps it "
+            "on a device."
+        )
     check_forward(model)
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"The target ({kind}) has no LM head, expected a causal language model.")

@@ -95,7 +95,7 @@ def test_a_method_that_runs_the_objects_own_modules_is_refused():
     model = target()
     original = model.forward
     model.forward = types.MethodType(lambda self, *a, **kw: original(*a, **kw), model)
-    with pytest.raises(ValueError, match="did not run the modules of its `self`"):
+    with pytest.raises(ValueError, match="did not run the modules of its `self` whose"):
         model.generate(prompt(), **COMMON, **OURS)
 
 

@@ -15,6 +15,8 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    OPTConfig,
+    OPTForCausalLM,
     StoppingCriteriaList,
     pipeline,
 )
@@ -24,7 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import taps_hf
 from taps_hf.cache import CACHE
-from tests.tiny import FAMILIES, prompt, tiny_drafters, tiny_target
+from tests.phrases import Phrases
+from tests.tiny import FAMILIES, VOCAB, prompt, tiny_drafters, tiny_target
 
 WIDE = taps_hf.DynamicTree(depth=4, top_k=6, num_nodes=30)
 
@@ -98,6 +101,34 @@ def test_stop_strings_of_the_model_itself(tokenizer, monkeypatch):
     assert plain.shape[1] < 39
     with pytest.raises(ValueError, match="tokenizer"):
         target.generate(prompt(), max_new_tokens=30, **speculative())
+
+
+def test_stop_strings_are_chosen_as_generate_chooses_them(tokenizer, monkeypatch):
+    """An argument before configurations, also None; a criterion that is given before its own."""
+    target = tiny_target()
+    free = target.generate(prompt(), max_new_tokens=30, do_sample=False)[0, 9:].tolist()
+    letters = tokenizer.convert_ids_to_tokens(free)
+    early, late = "".join(letters[4:7]), "".join(letters[12:15])
+    common = {"tokenizer": tokenizer, "max_new_tokens": 30, "do_sample": False}
+
+    def lengths(**given) -> list[int]:
+        found = []
+        for more in ({}, speculative()):
+            if "stopping_criteria" in given:
+                criterion = StopStringCriteria(tokenizer, [late])
+                given["stopping_criteria"] = StoppingCriteriaList([criterion])
+            found.append(target.generate(prompt(), **common, **given, **more)[0, 9:].tolist())
+        assert found[0] == found[1]
+        return len(found[1])
+
+    by_argument = lengths(stop_strings=[early])
+    by_criterion = lengths(stop_strings=[early], stopping_criteria=None)
+    assert by_argument < by_criterion < 30
+    monkeypatch.setattr(target.generation_config, "stop_strings", [early])
+    assert lengths() == by_argument
+    assert lengths(stopping_criteria=None) == by_criterion
+    assert lengths(stop_strings=[late]) == by_criterion
+    assert lengths(stop_strings=None) == 30
 
 
 def test_max_time():
@@ -269,6 +300,40 @@ def test_device_map(tmp_path):
     plain = tiny_target().generate(prompt(), max_new_tokens=12, do_sample=False)
     ours = spread.generate(prompt(), max_new_tokens=12, do_sample=False, **speculative())
     assert torch.equal(plain, ours)
+
+
+def test_what_was_learnt_in_inference_mode_is_used_outside_of_it():
+    target = copy.deepcopy(tiny_target())  # with no experience yet
+    common = {"max_new_tokens": 20, "do_sample": False}
+    plain = target.generate(prompt(), **common)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            ours = target.generate(prompt(), **common, **speculative(strategy="auto"))
+        assert torch.equal(ours, plain)
+
+
+def test_a_target_whose_decoder_is_inside_of_its_base_model():
+    """OPT's head calls a part of `base_model`: states cannot be read there, and trees can."""
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    target = OPTForCausalLM(config).eval()
+    common = {"max_new_tokens": 20, "do_sample": False}
+    plain = target.generate(prompt(), **common)
+    draft = {"assistant_models": [Phrases(plain[0].tolist())], "strategy": "single"}
+    ours = target.generate(prompt(), **common, **draft, return_dict_in_generate=True)
+    assert torch.equal(ours.sequences, plain)
+    assert ours.draft_trace.accepted_length > 1
+    with pytest.raises(ValueError, match="did not run the modules of its `self` whose states"):
+        target.generate(prompt(), **common, assistant_models=tiny_drafters(1))
 
 
 def test_threads_with_the_same_models():

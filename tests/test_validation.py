@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from transformers import (
@@ -13,11 +14,14 @@ from transformers import (
     DynamicCache,
     MptConfig,
     MptForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     StaticCache,
 )
 
 import taps_hf
 from taps_hf.cache import CACHE
+from taps_hf.validation import named_drafters
 from tests import tiny
 from tests.tiny import VOCAB, prompt, refused, tiny_drafters, tiny_target
 
@@ -210,6 +214,31 @@ def test_targets_of_another_kind():
         encoder_decoder.generate(prompt(), assistant_models=tiny_drafters(1))
     mpt = MptForCausalLM(MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=1))
     refused("names no `position_ids`", target=mpt, assistant_models=tiny_drafters(1))
+    gpt = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4))
+    refused(f"names no `{CACHE}`", target=gpt, assistant_models=[])
+
+
+@pytest.mark.parametrize("family", ["bert", "big_bird", "megatron-bert"])
+def test_encoders_that_were_not_told_to_be_decoders(family: str):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "vocab_size": VOCAB, "pad_token_id": 0}
+    encoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    refused("attends both ways", target=encoder, assistant_models=[])
+    config = AutoConfig.for_model(family, **sizes, is_decoder=True)
+    taps_hf.SpeculativeDecoding([]).check(AutoModelForCausalLM.from_config(config))
+
+
+def test_an_offloaded_embedding():
+    target = copy.deepcopy(tiny_target())
+    accelerate.cpu_offload(target)
+    refused("embedding .* is offloaded", target=target, assistant_models=[])
+
+
+def test_names_are_made_unique():
+    drafters = tiny_drafters(3)
+    for drafter, name in zip(drafters, ("x (2)", "x", "x")):
+        drafter.name_or_path = name
+    assert list(named_drafters(drafters).values()) == list(drafters)
 
 
 def test_a_drafter_for_another_target():

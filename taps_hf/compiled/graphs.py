@@ -26,7 +26,12 @@ from .settings import compile_arguments, key_of
 _MOST_KEPT = 4  # of a target: other settings, other layers read, earlier weights' places
 _MOST_FREE = 4  # memories
 # What `generate` and its users keep on a model, and no pass reads.
-_NOT_OF_A_PASS = {"_compiled_call", "_last_compile_config", "generation_config"}
+_NOT_OF_A_PASS = {
+    "_compiled_call",
+    "_last_compile_config",
+    "_taps_hf_drafter",
+    "generation_config",
+}
 
 # The second one is raised by itself, as for hooks that count how often they are called.
 _NOT_COMPILED = (
@@ -54,8 +59,9 @@ class TargetGraphs:
         self.layers = tuple(layers)
         self._name = type(model).__name__
         self._shell, self._recorder = recording(model, layers)
-        # Of the model itself: with it in here the model would live for as long as its graphs.
-        vars(self._shell).pop("_compiled_call", None)
+        # Some of them hold the model, which would live for as long as its graphs.
+        for name in _NOT_OF_A_PASS - {"generation_config"}:
+            vars(self._shell).pop(name, None)
         self._config = config
         self._window, self._layer_types = attention_of(model)
         # Early 5.x versions count what is in the cache unless they are told.

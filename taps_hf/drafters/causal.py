@@ -179,7 +179,7 @@ class CausalSession(DrafterSession):
         stored = self.cache.stored_lengths()
         levels = request.shape.grow(growth, logits, depth, request.go_on)
         self.cache.keep(stored, [])
-        return {0: request.shape.prune(assemble(levels, 0, request.root.to(self.device)))}
+        return {0: request.shape.prune(assemble(levels, 0, request.root))}
 
     def run(
         self,

@@ -32,8 +32,9 @@ class AnswerMemory(Drafter):
     answer said can be proposed in any other. It never gets into another's text, but into its trace,
     and its speed tells of it: give different users one memory only if that is wanted.
 
-    Of an answer that ends as it should the tokens are remembered; not of the prompt, nor of one
-    that an exception ended. Half of what is remembered is forgotten at once when it is full.
+    Of an answer that ends as it should the tokens are remembered that came after it was first asked
+    (with "single" that may be none); not of the prompt, nor of one that an exception ended. Half of
+    what is remembered is forgotten at once when it is full.
 
     Args:
         path: a file to go on from, if it is there, and to write after every answer, whole: a kill

@@ -94,8 +94,9 @@ class Calibration:
             accepted, expected: (num_drafters, bins) float32: accepted nodes, and the sum of their
                 confidences that there should have been.
         """
-        self._accepted.lerp_(self._before_accepted, 1 - self._kept).add_(accepted)
-        self._expected.lerp_(self._before, 1 - self._kept).add_(expected)
+        # Not in place: these may have been made in inference mode, and now be used outside of it.
+        self._accepted = self._accepted.lerp(self._before_accepted, 1 - self._kept) + accepted
+        self._expected = self._expected.lerp(self._before, 1 - self._kept) + expected
 
     def _bins(self, confidence: torch.Tensor) -> torch.Tensor:
         return torch.bucketize(confidence.nan_to_num(nan=0.0), self._edges)

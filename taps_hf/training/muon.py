@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices = [p for name, p in trained if p.ndim == 2 and not name.endswith(_HEAD)]
         others = [p for name, p in trained if p.ndim != 2 or name.endswith(_HEAD)]
         self.parts = (
-            torch.optim.Muon(
+            _muon_for(matrices)(
                 matrices,
                 lr=lr,
                 weight_decay=weight_decay,
@@ -74,6 +74,56 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"]):
             part.load_state_dict(state)
         self.param_groups = self._groups()
+
+
+def _muon_for(matrices: Sequence[nn.Parameter]) -> type[torch.optim.Muon]:
+    """Torch's, or on CPUs that have no fast products in bfloat16 the one that does without."""
+    on_cpu = any(matrix.device.type == "cpu" for matrix in matrices)
+    if on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return _float32_muon()
+    return torch.optim.Muon
+
+
+def _float32_muon() -> type[torch.optim.Muon]:
+    class Float32Muon(torch.optim.Muon):
+        """`torch.optim.Muon`, which computes in bfloat16, in float32 (scaled as `match_rms_adamw`).
+
+        On a CPU without instructions for bfloat16 its products take ten times as long as these.
+        """
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for group in self.param_groups:
+                lr, momentum = group["lr"], group["momentum"]
+                parameters: list[torch.Tensor] = []
+                gradients: list[torch.Tensor] = []
+                momenta: list[torch.Tensor] = []
+                self._init_group(group, parameters, gradients, momenta)
+                for parameter, gradient, mean in zip(parameters, gradients, momenta):
+                    mean.lerp_(gradient, 1 - momentum)
+                    update = gradient.lerp(mean, momentum) if group["nesterov"] else mean
+                    update = _orthogonal(
+                        update, group["ns_coefficients"], group["ns_steps"], group["eps"]
+                    )
+                    parameter.mul_(1 - lr * group["weight_decay"])
+                    parameter.add_(update, alpha=-0.2 * lr * max(parameter.shape) ** 0.5)
+            return loss
+
+    return Float32Muon
+
+
+def _orthogonal(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """The matrix with singular values near 1: Newton and Schulz's iteration, quintic as Muon's."""
+    a, b, c = coefficients
+    wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
+    x = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if wide is not matrix else x
 
 
 def check_muon() -> None:

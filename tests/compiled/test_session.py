@@ -17,6 +17,7 @@ from taps_hf.cache import CACHE
 from taps_hf.compiled.graphs import graphs_for, packed
 from taps_hf.compiled.session import target_session
 from taps_hf.compiled.settings import Compilation, compilation_for
+from taps_hf.drafters.causal import CausalDrafter
 from taps_hf.target import LAST
 from tests.test_target import branching_tree
 from tests.tiny import prompt, tiny_target
@@ -187,6 +188,7 @@ def test_graphs_are_kept_until_the_target_changes():
 
 def test_graphs_live_no_longer_than_their_target():
     target = copy.deepcopy(tiny_target())
+    CausalDrafter.of(target)  # what it is as a drafter is kept on it
     passes(target, prompt(9))
     known = weakref.ref(target)
     del target

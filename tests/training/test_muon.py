@@ -49,6 +49,20 @@ def test_matrices_take_orthogonal_steps_and_vectors_those_of_adamw(layers):
 
 
 @needs_muon
+def test_in_float32_it_takes_the_steps_that_torchs_own_takes_in_bfloat16(layers, monkeypatch):
+    taken = []
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda c=capability: c)
+        learnt = copy.deepcopy(layers)
+        optimizer = MuonWithAdamW(learnt.named_parameters(), lr=1e-2, weight_decay=0.1)
+        assert (type(optimizer.parts[0]) is torch.optim.Muon) == (capability == "AVX512")
+        learn(learnt, optimizer, range(3))
+        taken.append([now - was for now, was in zip(learnt.parameters(), layers.parameters())])
+    for ours, torchs in zip(*taken):
+        assert (ours - torchs).norm() < 0.03 * torchs.norm()
+
+
+@needs_muon
 def test_it_goes_on_from_its_state(layers):
     optimizer = MuonWithAdamW(layers.named_parameters(), lr=1e-2, weight_decay=0.1)
     learn(layers, optimizer, range(3))
