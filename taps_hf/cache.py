@@ -280,7 +280,7 @@ class InPlaceCache:
         stored = dict(zip(map(id, self.cache.layers), past))
         if rows != list(range(len(rows))):
             self._form_pools()
-            index = torch.tensor(rows)
+            index = torch.tensor(rows, device="cpu")
             for pool in self._pools:
                 pool.gather(stored.get(id(pool.layers[0]), 0), index)
         for layer in self.cache.layers:

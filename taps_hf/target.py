@@ -218,7 +218,7 @@ class TargetSession:
         total = past + self._new_tokens.shape[1]
         positions = model_kwargs.get("position_ids")
         if positions is None:  # early 5.x versions leave them to prepare_inputs_for_generation
-            positions = torch.arange(total)[None]
+            positions = torch.arange(total, device="cpu")[None]
             if mask is not None:
                 positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         self._positions = positions[:, -self._new_tokens.shape[1] :].to(self.device)
@@ -374,7 +374,7 @@ class TargetSession:
 
 def rows_of(states: Mapping[int, torch.Tensor], nodes: Sequence[int]) -> dict[int, torch.Tensor]:
     """By layer (n, hidden), the states of n nodes, of those of all, (N, hidden)."""
-    index = torch.tensor(nodes)
+    index = torch.tensor(nodes, device="cpu")
     return {
         layer: x[index.to(x.device, non_blocking=x.device.type == "cuda")]
         for layer, x in states.items()

@@ -209,11 +209,11 @@ class Walk:
                 token, node = chosen[node], verifier.child(node, chosen[node])
             if node is not None:
                 accepted.append(node)
-            self.text = torch.cat([self.text, torch.tensor([[token]])], dim=-1)
+            self.text = torch.cat([self.text, torch.tensor([[token]], device="cpu")], dim=-1)
             seen = self.text if self._stops_by_text else self.input_ids
             self.is_finished = bool(self._criteria(seen, self.scores).all())
             if self._on_token is not None:
-                self._on_token(torch.tensor([token]))
+                self._on_token(torch.tensor([token], device="cpu"))
         # A copy: whoever keeps it should not keep all of the text.
         return Walked(nodes, accepted, self.text[0, start:].clone())
 

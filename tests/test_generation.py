@@ -312,6 +312,17 @@ def test_what_was_learnt_in_inference_mode_is_used_outside_of_it():
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "merged", "confidence"])
+def test_torchs_default_device_may_be_another(strategy):
+    """Trees are small and stay on the host. (No CPU has two devices; "meta" computes nothing.)"""
+    common = {"max_new_tokens": 20, "do_sample": False}
+    plain = tiny_target().generate(prompt(), **common)
+    inputs, settings = prompt(), speculative(strategy=strategy)
+    with torch.device("meta"):
+        ours = tiny_target().generate(inputs, **common, **settings)
+    assert torch.equal(ours, plain)
+
+
 def test_a_target_whose_decoder_is_inside_of_its_base_model():
     """OPT's head calls a part of `base_model`: states cannot be read there, and trees can."""
     config = OPTConfig(

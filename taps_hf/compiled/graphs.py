@@ -99,7 +99,7 @@ class TargetGraphs:
         if (width, capacity) in self._tried:
             return
         memory = self.take(capacity)
-        root = DraftTree.root(torch.zeros(1, dtype=torch.long), 1)
+        root = DraftTree.root(torch.zeros(1, dtype=torch.long, device="cpu"), 1)
         self.run(memory, packed(root, width, 0, 0))
         self.give_back(memory)
 
@@ -199,13 +199,15 @@ def packed(tree: DraftTree, width: int, past: int, position: int) -> torch.Tenso
         (W * (W + 2) + 2,) int64, on the CPU: tokens, depths, ancestors, past, position.
     """
     count = len(tree)
-    tokens = torch.zeros(width, dtype=torch.long)
+    tokens = torch.zeros(width, dtype=torch.long, device="cpu")
     tokens[:count] = tree.tokens
-    depths = torch.zeros(width, dtype=torch.long)
+    depths = torch.zeros(width, dtype=torch.long, device="cpu")
     depths[:count] = tree.depths
-    ancestors = torch.eye(width, dtype=torch.long)
+    ancestors = torch.eye(width, dtype=torch.long, device="cpu")
     ancestors[:count, :count] = tree.ancestors()
-    return torch.cat([tokens, depths, ancestors.flatten(), torch.tensor([past, position])])
+    return torch.cat(
+        [tokens, depths, ancestors.flatten(), torch.tensor([past, position], device="cpu")]
+    )
 
 
 def _unpacked(inputs: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
@@ -252,7 +254,7 @@ def _mask(
 def _layouts_of(model: PreTrainedModel, layers: Collection[int]) -> list[Layout | None]:
     """What each layer stores, by a pass over one token."""
     device = model.get_input_embeddings().weight.device
-    root = DraftTree.root(torch.zeros(1, dtype=torch.long), 1)
+    root = DraftTree.root(torch.zeros(1, dtype=torch.long, device="cpu"), 1)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     inputs = root.tokens[None].to(device)
     with TargetSession(model, inputs, GenerationConfig(), {CACHE: cache}, layers) as session:

@@ -142,7 +142,7 @@ class Memory:
         if list(rows) == list(range(len(rows))):
             return
         for pool in self._pools:
-            index = torch.tensor(rows) + past
+            index = torch.tensor(rows, device="cpu") + past
             index = index.to(pool.device, non_blocking=pool.device.type == "cuda")
             pool[:, :, :, past : past + len(rows)] = pool[:, :, :, index]
 

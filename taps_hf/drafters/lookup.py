@@ -151,11 +151,11 @@ def grow(
         places.append((following, length))
         expand(len(tokens) - 1)
     return DraftTree(
-        torch.tensor(tokens),
-        torch.tensor(parents),
-        torch.tensor(depths),
-        torch.tensor([confidence]),
-        torch.tensor([path]),
+        torch.tensor(tokens, device="cpu"),
+        torch.tensor(parents, device="cpu"),
+        torch.tensor(depths, device="cpu"),
+        torch.tensor([confidence], device="cpu"),
+        torch.tensor([path], device="cpu"),
     )
 
 

@@ -206,7 +206,7 @@ def _without_ends(tree: DraftTree) -> DraftTree | None:
     for node, (token, parent) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist())):
         if token != _Half.END and (node == 0 or parent in kept):
             kept.add(node)
-    found = tree.select(torch.tensor(sorted(kept)))
+    found = tree.select(torch.tensor(sorted(kept), device="cpu"))
     return found if len(found) > 1 else None
 
 

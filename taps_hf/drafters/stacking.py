@@ -97,7 +97,9 @@ class _Broadcast(nn.Module):
     def agrees(self, apart: _RowWise) -> bool:
         """Whether it gives what the norms do, each on its row."""
         like = next(value for value in self._vectors.values() if value is not None)
-        x = torch.randn(len(like), 2, like.shape[1], generator=torch.Generator().manual_seed(0))
+        x = torch.randn(
+            len(like), 2, like.shape[1], generator=torch.Generator().manual_seed(0), device="cpu"
+        )
         x = x.to(like)
         try:
             return torch.allclose(self(x), apart(x))
@@ -186,17 +188,19 @@ def _agrees(stacked: nn.Module, drafters: Sequence[FeatureDrafter]) -> bool:
     # The target's features for the context, predictions for the nodes.
     runs = [
         [
-            torch.randn(count, n, size, generator=generator).to(device, dtype)
+            torch.randn(count, n, size, generator=generator, device="cpu").to(device, dtype)
             for size in (width, read)
         ]
         for n, read in ((slots, first.feature_size), (nodes, width))
     ]
-    mask = torch.cat([torch.ones(nodes, slots), torch.eye(nodes)], dim=1).bool()[None, None]
+    mask = torch.cat(
+        [torch.ones(nodes, slots, device="cpu"), torch.eye(nodes, device="cpu")], dim=1
+    ).bool()[None, None]
     mask = mask.to(device)
     if first.trunk.config._attn_implementation == "eager":
         mask = additive(mask, dtype)
 
-    positions = (torch.arange(slots), torch.full((nodes,), slots))
+    positions = (torch.arange(slots, device="cpu"), torch.full((nodes,), slots, device="cpu"))
 
     def run(module: nn.Module, rows: slice) -> torch.Tensor:
         cache = DynamicCache(config=first.trunk.config)

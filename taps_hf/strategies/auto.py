@@ -213,10 +213,10 @@ class _Running(Strategy):
             self._passes = self.costs.up_to(2 * len(union))
         seconds = self._passes[: len(union)]
         price = CAUTION * self.rate * seconds
-        gain = torch.cat([torch.zeros(1), order.values.cumsum(0)]) - price
+        gain = torch.cat([torch.zeros(1, device="cpu"), order.values.cumsum(0)]) - price
         kept = (order.indices[: int(gain.argmax())] + 1).sort().values
         self._union = union
-        self._tree = union.select(torch.cat([torch.zeros(1, dtype=torch.long), kept]))
+        self._tree = union.select(torch.cat([torch.zeros(1, dtype=torch.long, device="cpu"), kept]))
         return Choice(self._tree, tuple(trees))
 
     def observe(self, outcome: CycleOutcome) -> None:

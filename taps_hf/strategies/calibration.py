@@ -29,9 +29,9 @@ class Calibration:
     def __init__(
         self, num_drafters: int, before: torch.Tensor | None = None, kept: float = _KEPT
     ) -> None:
-        self._edges = torch.tensor(_EDGES)
+        self._edges = torch.tensor(_EDGES, device="cpu")
         self._kept = kept
-        self._before = torch.full((num_drafters, len(_EDGES) + 1), _PRIOR)
+        self._before = torch.full((num_drafters, len(_EDGES) + 1), _PRIOR, device="cpu")
         self._before_accepted = self._before if before is None else _PRIOR * before
         self._accepted, self._expected = self._before_accepted.clone(), self._before.clone()
 
@@ -52,13 +52,13 @@ class Calibration:
         ratio = (self._accepted / self._expected).gather(1, self._bins(tree.confidence))
         given_parent = (tree.confidence * ratio).nan_to_num(nan=0.0).amax(dim=0)
         below = tree.parents[1:]
-        children = torch.zeros(len(tree)).index_add_(0, below, given_parent[1:])
+        children = torch.zeros(len(tree), device="cpu").index_add_(0, below, given_parent[1:])
         given_parent[1:] /= children[below].clamp(min=1.0)
         # Node by node: a tree may be one long chain, and levels of one node are slow in tensors.
         probability = [1.0]
         for parent, share in zip(below.tolist(), given_parent[1:].tolist()):
             probability.append(share * probability[parent])
-        return torch.tensor(probability)
+        return torch.tensor(probability, device="cpu")
 
     def observe(
         self, tree: DraftTree, reached: Sequence[int], accepted: Sequence[int]
@@ -73,8 +73,8 @@ class Calibration:
         Returns:
             what was learnt, as [`add`] takes it.
         """
-        judged = torch.isin(tree.parents, torch.tensor(reached))
-        hit = torch.zeros(len(tree))
+        judged = torch.isin(tree.parents, torch.tensor(reached, device="cpu"))
+        hit = torch.zeros(len(tree), device="cpu")
         hit[list(accepted)] = 1.0
         known = ~tree.confidence.isnan() & judged
         bins = self._bins(tree.confidence)

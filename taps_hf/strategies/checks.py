@@ -85,7 +85,7 @@ def checked_choice(
     depths = choice.tree.depths.tolist()
     if max(depths) > max_depth:
         kept = [node for node, depth in enumerate(depths) if depth <= max_depth]
-        return replace(choice, tree=choice.tree.select(torch.tensor(kept)))
+        return replace(choice, tree=choice.tree.select(torch.tensor(kept, device="cpu")))
     return choice
 
 

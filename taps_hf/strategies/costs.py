@@ -59,7 +59,7 @@ class Costs:
 
     def up_to(self, rows: int) -> torch.Tensor:
         """(rows,) float32: entry n is a pass over n + 1 rows."""
-        return torch.tensor([self.target_seconds(n) for n in range(1, rows + 1)])
+        return torch.tensor([self.target_seconds(n) for n in range(1, rows + 1)], device="cpu")
 
     def draft(self, asked: Sequence[int]) -> DraftCost:
         """Of the drafters asked, one group after the other."""

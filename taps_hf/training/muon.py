@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import is_fast_in_bfloat16
+
 _HEAD = "lm_head.weight"
 
 
@@ -77,19 +79,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def _muon_for(matrices: Sequence[nn.Parameter]) -> type[torch.optim.Muon]:
-    """Torch's, or on CPUs that have no fast products in bfloat16 the one that does without."""
-    on_cpu = any(matrix.device.type == "cpu" for matrix in matrices)
-    if on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return _float32_muon()
-    return torch.optim.Muon
+    """Torch's, or where its products in bfloat16 would be slow the one that does without."""
+    fast = all(is_fast_in_bfloat16(matrix.device) for matrix in matrices)
+    return torch.optim.Muon if fast else _float32_muon()
 
 
 def _float32_muon() -> type[torch.optim.Muon]:
     class Float32Muon(torch.optim.Muon):
-        """`torch.optim.Muon`, which computes in bfloat16, in float32 (scaled as `match_rms_adamw`).
-
-        On a CPU without instructions for bfloat16 its products take ten times as long as these.
-        """
+        """`torch.optim.Muon`, scaled as `match_rms_adamw`, in float32 instead of bfloat16."""
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from ..checks import set_threads
+from ..checks import is_fast_in_bfloat16, set_threads
 from ..drafters.modeling_feature import FeatureDrafter
 from ..files import ResultFolder, hold, read_json, write_json
 from ..loading import check_frozen_target, load_target
@@ -136,6 +136,9 @@ def _expected(
     needed = estimate_memory(objective, examples, options.batch_size)
     check_memory(needed, drafter.device)
     said.append(f"about {needed / 1e9:.1f} GB of memory next to the target")
+    wide = options.dtype == "float32" and not options.mixed_precision
+    if not wide and not is_fast_in_bfloat16(drafter.device):
+        said.append("this CPU is slow in bfloat16; faster: --dtype float32 --no-mixed-precision")
     return said
 
 

@@ -153,7 +153,7 @@ def grow_fixed(
     indices = iter(
         move_together(
             [
-                torch.tensor(index, dtype=torch.long)
+                torch.tensor(index, dtype=torch.long, device="cpu")
                 for (parents, ranks, inner), width in zip(plan, widths)
                 for index in (
                     parents,
@@ -224,17 +224,19 @@ def assemble(levels: Sequence[Level], row: int, root: torch.Tensor) -> DraftTree
         sources += [len(offsets) + source for source in level.source]
         offsets += [above] * level.expanded.shape[1]
         above, first = first, first + len(level.source)
-    source = torch.tensor(sources)
-    parents = torch.cat([level.expanded[row] for level in levels]) + torch.tensor(offsets)
+    source = torch.tensor(sources, device="cpu")
+    parents = torch.cat([level.expanded[row] for level in levels]) + torch.tensor(
+        offsets, device="cpu"
+    )
     proposals = None
     if levels[0].probabilities is not None:
         proposals = SampledProposals(
             parents=parents[source],
-            children=torch.arange(1, first),
+            children=torch.arange(1, first, device="cpu"),
             rows=source,
             probabilities=torch.cat([level.probabilities[row] for level in levels]),
         )
-    zero = torch.zeros(1)
+    zero = torch.zeros(1, device="cpu")
     logs = [
         [zero, *(level.log_confidence[row] for level in levels)],
         [zero, *(level.log_path[row] for level in levels)],
@@ -243,11 +245,11 @@ def assemble(levels: Sequence[Level], row: int, root: torch.Tensor) -> DraftTree
     entropy = None
     if levels[0].entropy is not None:
         of_sources = torch.cat([level.entropy[row] for level in levels])[source]
-        entropy = torch.cat([torch.tensor([torch.nan]), of_sources])[None]
+        entropy = torch.cat([torch.tensor([torch.nan], device="cpu"), of_sources])[None]
     return DraftTree(
         tokens=torch.cat([root.cpu(), *(level.tokens[row] for level in levels)]),
-        parents=torch.cat([torch.tensor([-1]), parents[source]]),
-        depths=torch.tensor(depths),
+        parents=torch.cat([torch.tensor([-1], device="cpu"), parents[source]]),
+        depths=torch.tensor(depths, device="cpu"),
         confidence=confidence,
         path_confidence=path_confidence,
         entropy=entropy,
