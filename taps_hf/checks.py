@@ -1,6 +1,6 @@
 """Checks that several commands share: numbers, devices, NAME=PATH, JSON.
 
-Each that refuses raises a `ValueError` that names the argument, what was found and what was expected.
+What they refuse, a `ValueError` names: the argument, what was found and what was expected.
 """
 
 from __future__ import annotations

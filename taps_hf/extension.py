@@ -124,7 +124,7 @@ def _bind_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if of_config is not None:
         kwargs["generation_config"] = copy.deepcopy(config)
         kwargs["generation_config"].stop_strings = None
-    # Not needed, generate would warn of an argument beside a configuration.
+    # Only then, for generate warns of arguments that are given beside a configuration.
     if "stop_strings" in kwargs or of_model is not None:
         kwargs["stop_strings"] = None
     return kwargs

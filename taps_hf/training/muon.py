@@ -85,6 +85,7 @@ def _muon_for(matrices: Sequence[nn.Parameter]) -> type[torch.optim.Muon]:
 
 
 def _float32_muon() -> type[torch.optim.Muon]:
+    # Made here, as an older torch has none to derive it from.
     class Float32Muon(torch.optim.Muon):
         """`torch.optim.Muon`, scaled as `match_rms_adamw`, in float32 instead of bfloat16."""
 
