@@ -173,12 +173,7 @@ def check_target(model: PreTrainedModel) -> None:
             f"The target ({kind}) has layers of type {found}; expected "
             f"{' and '.join(sorted(_LAYER_TYPES))} only."
         )
-    both_ways = any(
-        vars(module).get(name) is False
-        for module in model.base_model.modules()
-        for name in ("is_causal", "is_decoder")  # whichever the family has; BERT's need be told
-    )
-    if both_ways or getattr(config, "use_bidirectional_attention", None):
+    if _is_encoder(model) or getattr(config, "use_bidirectional_attention", None):
         raise ValueError(f"The target ({kind}) attends both ways, expected a causal model.")
     if model.get_input_embeddings().weight.device.type == "meta":
         raise ValueError(
@@ -188,6 +183,19 @@ def check_target(model: PreTrainedModel) -> None:
     check_forward(model)
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"The target ({kind}) has no LM head, expected a causal language model.")
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    """Whether a model is of BERT's kind, and was not told to be a decoder.
+
+    The configuration alone does not tell: GPT-NeoX's says the same. Nor do modules: attention to an
+    encoder's states is not causal either.
+    """
+    return getattr(model.config, "is_decoder", None) is False and any(
+        vars(module).get(name) is False
+        for module in model.base_model.modules()
+        for name in ("is_causal", "is_decoder")  # whichever the family has
+    )
 
 
 def _check_preparation(model: PreTrainedModel) -> None:

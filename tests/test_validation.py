@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import taps_hf
+from taps_hf import validation
 from taps_hf.cache import CACHE
-from taps_hf.validation import named_drafters
 from tests import tiny
 from tests.tiny import VOCAB, prompt, refused, tiny_drafters, tiny_target
 
@@ -228,6 +228,16 @@ def test_encoders_that_were_not_told_to_be_decoders(family: str):
     taps_hf.SpeculativeDecoding([]).check(AutoModelForCausalLM.from_config(config))
 
 
+@pytest.mark.parametrize("family", ["bart", "gpt_neox"])
+def test_what_only_looks_like_an_encoder(family: str):
+    """A decoder that could attend to an encoder's states; one whose configuration says nothing."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "d_model": 32}
+    sizes |= {"num_attention_heads": 4, "vocab_size": VOCAB, "decoder_layers": 1}
+    sizes |= {"decoder_attention_heads": 4, "decoder_ffn_dim": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    assert not validation._is_encoder(model)
+
+
 def test_an_offloaded_embedding():
     target = copy.deepcopy(tiny_target())
     accelerate.cpu_offload(target)
@@ -238,7 +248,7 @@ def test_names_are_made_unique():
     drafters = tiny_drafters(3)
     for drafter, name in zip(drafters, ("x (2)", "x", "x")):
         drafter.name_or_path = name
-    assert list(named_drafters(drafters).values()) == list(drafters)
+    assert list(validation.named_drafters(drafters).values()) == list(drafters)
 
 
 def test_a_drafter_for_another_target():
