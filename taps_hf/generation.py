@@ -44,6 +44,7 @@ from .validation import (
     check_some,
     check_target,
     check_tokenizer,
+    check_weights,
     named_drafters,
     with_lookup,
 )
@@ -127,6 +128,7 @@ class SpeculativeDecoding:
     def check(self, model: PreTrainedModel) -> None:
         """Raise `ValueError` unless `model` can be accelerated by these drafters."""
         check_target(model)
+        check_weights(model)
         if self.compile:
             check_compilable(model)
         for name, drafter in self.drafters.items():

@@ -175,14 +175,22 @@ def check_target(model: PreTrainedModel) -> None:
         )
     if _is_encoder(model) or getattr(config, "use_bidirectional_attention", None):
         raise ValueError(f"The target ({kind}) attends both ways, expected a causal model.")
-    if model.get_input_embeddings().weight.device.type == "meta":
-        raise ValueError(
-            f"The target's embedding ({kind}) is offloaded; expected a `device_map` that keeps it "
-            "on a device."
-        )
     check_forward(model)
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"The target ({kind}) has no LM head, expected a causal language model.")
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Check that a target's weights are where decoding needs them.
+
+    Raises:
+        ValueError: if its embedding is not on a device, by which a session goes.
+    """
+    if model.get_input_embeddings().weight.device.type == "meta":
+        raise ValueError(
+            f"The target's embedding ({type(model).__name__}) is offloaded; expected a "
+            "`device_map` that keeps it on a device."
+        )
 
 
 def _is_encoder(model: PreTrainedModel) -> bool:

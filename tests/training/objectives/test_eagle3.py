@@ -204,18 +204,19 @@ def test_evaluation_counts_what_drafting_would_have_had_accepted():
     )
     labels = ids.clone()
     labels[:, :3] = IGNORED
-    counts = objective_for(target, drafter, depth).eval()(ids, labels)["counts"][0].tolist()
-    expected = [0] * (depth + 1)
+    found = objective_for(target, drafter, depth).eval()(ids, labels)["counts"][0]
+    could, were = found.T.tolist()
+    expected = [[0] * depth, [0] * depth]
     for root in range(1, ids.shape[1] - 2):
-        expected[0] += 1
         reach = min(depth, ids.shape[1] - 2 - root)
         for j, hidden in enumerate(drafted(target, drafter, ids, root, reach)):
+            expected[0][j] += 1
             best = drafter.draft_token_ids[drafter.scores(hidden).argmax()]
             if best != ids[0, root + 2 + j]:
                 break
-            expected[j + 1] += 1
-    assert counts == expected
-    assert counts[1] > 0
+            expected[1][j] += 1
+    assert [could, were] == expected
+    assert were[0] > 0
 
 
 def test_published_options_and_those_it_cannot_have():
